@@ -1,0 +1,1 @@
+"""Captions into aspect-labelled sub-captions: by rules, or by a language model whose answers are checked."""

@@ -1,0 +1,210 @@
+"""Typed configuration: YAML plus `key.path=value` overrides, checked by pydantic; a misspelt key is an error.
+
+`load_config` serves data preparation and pretraining alike. `PrepareConfig` is what `dermvlp prepare` reads.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from data_prep.errors import InputError
+from data_prep.schema import Frozen
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_config(path: str | Path, overrides: list[str], model: type[Config]) -> Config:
+    """Read YAML, apply `a.b=value` overrides (values are YAML too), expand `${VARIABLE}`, validate.
+
+    Raises InputError naming the file and the key for anything that is wrong.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such configuration file; the ones that exist are under configs/") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values at the top level")
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return model.model_validate(_expand(raw, path))
+    except ValidationError as error:
+        raise InputError(_explain(path, error, model)) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override {override!r}: write it as key.path=value, for example optimizer.lr=1e-4")
+    *parents, leaf = key.split(".")
+    node: Any = raw
+    for part in [*parents, leaf][:-1]:
+        node = node[_list_index(part, node, override)] if isinstance(node, list) else node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise InputError(f"override {override!r}: {part!r} is a single value and has no keys below it")
+    parsed = yaml.safe_load(value) if value else None
+    # YAML 1.1 reads 1e-4 as a string; people mean a number
+    if isinstance(parsed, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", parsed):
+        parsed = float(parsed)
+    if isinstance(node, list):
+        node[_list_index(leaf, node, override)] = parsed
+    else:
+        node[leaf] = parsed
+
+
+def _list_index(part: str, node: list[Any], override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise InputError(f"override {override!r}: {part!r} must be a position below {len(node)}")
+    return int(part)
+
+
+def _expand(node: Any, path: Path) -> Any:
+    """`${NAME}` in strings becomes the environment variable's value; an unset one is an error."""
+    if isinstance(node, dict):
+        return {key: _expand(value, path) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_expand(value, path) for value in node]
+    if not isinstance(node, str):
+        return node
+
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise InputError(f"{path}: needs the environment variable {name}, which is not set (export {name}=...)")
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", replace, node)
+
+
+def _explain(path: Path, error: ValidationError, model: type[BaseModel]) -> str:
+    lines = [f"{path}: {error.error_count()} problem(s) in the configuration ({model.__name__}):"]
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+        hint = "no such key; check its spelling" if problem["type"] == "extra_forbidden" else problem["msg"]
+        lines.append(f"  {key}: {hint}")
+    return "\n".join(lines)
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The resolved configuration, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+
+class TableColumns(Frozen):
+    """Which column of the table holds what. Only `image` is needed; `caption` or `caption_template` is too."""
+
+    image: str
+    caption: str | None = None
+    diagnosis: str | None = None
+    concepts: str | None = None  # separated by commas or semicolons
+    body_site: str | None = None
+    age: str | None = None
+    sex: str | None = None
+    fitzpatrick: str | None = None
+    modality: str | None = None
+    group: str | None = None  # patient or lesion: never on both sides of a split; stored as a salted hash
+    split: str | None = None
+    licence: str | None = None
+
+
+class TableSource(Frozen):
+    """A CSV table of images, labels and, perhaps, captions."""
+
+    kind: Literal["table"] = "table"
+    table_path: Path
+    image_dir: Path
+    columns: TableColumns
+    extra_columns: dict[str, str] = {}  # name in templates -> column: for caption_template only
+    #: Sentences with {field} places; a sentence with an absent field is left out. Used where there is no caption.
+    caption_template: tuple[str, ...] = ()
+    replace: dict[str, dict[str, str]] = {}  # field -> value in the table -> value to use ("" = absent)
+    split_values: dict[str, Literal["train", "val"]] = {"train": "train", "val": "val"}
+    licence: str | None = None  # where the table has no such column
+
+
+class Derm1MSource(Frozen):
+    """The published layout: `Derm1M_v2_pretrain.csv`, `Derm1M_v2_validation.csv`, image folders."""
+
+    kind: Literal["derm1m"] = "derm1m"
+    train_csv_path: Path
+    val_csv_path: Path | None = None
+    image_dir: Path
+    licence: str = "CC-BY-NC-4.0"
+
+
+class SyntheticSource(Frozen):
+    """Procedurally drawn lesions and captions written from their attributes. Not medical data."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    num_train: int = Field(default=2400, gt=0)
+    num_val: int = Field(default=480, gt=0)
+    image_px: int = Field(default=96, ge=32)
+    seed: int = 0
+
+
+SourceConfig = Annotated[TableSource | Derm1MSource | SyntheticSource, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------------------------------------- stages
+
+
+class RulesDecomposer(Frozen):
+    """Sentences, clauses and clinical terms; no model, no network."""
+
+    kind: Literal["rules"] = "rules"
+
+
+class LLMDecomposer(Frozen):
+    """Any OpenAI-compatible server. The key is read from the environment variable named here, never stored."""
+
+    kind: Literal["llm"] = "llm"
+    model: str
+    base_url: str | None = None  # None: OpenAI's own
+    api_key_env: str = "OPENAI_API_KEY"
+    prompt: str = "decompose_v1"  # file in data_prep/captions/prompts/
+    concurrency: int = Field(default=8, ge=1)
+    max_output_tokens: int = Field(default=800, ge=64)
+    timeout_s: float = Field(default=60.0, gt=0)
+    max_retries: int = Field(default=4, ge=0)  # the client's, for 429, 5xx and connection errors
+    max_attempts: int = Field(default=2, ge=1)  # ours, for answers that cannot be used
+    #: what becomes of a caption that the model could not split: the rules' answer, or a row without sub-captions
+    on_failure: Literal["rules", "skip"] = "rules"
+
+
+DecomposerConfig = Annotated[RulesDecomposer | LLMDecomposer, Field(discriminator="kind")]
+
+
+class ImageOptions(Frozen):
+    short_side_px: int = Field(default=224, ge=16)  # larger images are reduced to it; smaller ones are kept
+    min_side_px: int = Field(default=32, ge=1)
+    max_pixels: int = Field(default=100_000_000, gt=0)  # a decompression bomb is refused before it is decoded
+    jpeg_quality: int = Field(default=92, ge=1, le=100)
+
+
+class PrepareConfig(Frozen):
+    """`dermvlp prepare CONFIG`: from a source to shards."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_]+$")  # of the dataset; begins every sample's key
+    source: SourceConfig
+    ontology_path: Path | None = None  # disease hierarchy; None: the label alone is the diagnosis caption
+    decomposer: DecomposerConfig = RulesDecomposer()
+    images: ImageOptions = ImageOptions()
+    val_fraction: float = Field(default=0.1, ge=0, lt=1)  # of groups, where the source has no split of its own
+    samples_per_shard: int = Field(default=1000, ge=1)
+    num_workers: int = Field(default=2, ge=1)
+    out_dir: Path

@@ -1,0 +1,1 @@
+"""Pretraining of dermatology vision-language models, from shards to an evaluated, exported checkpoint."""

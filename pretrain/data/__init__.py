@@ -1,0 +1,1 @@
+"""From a manifest to batches: the sample order, the reader, the transforms, the texts of a batch."""

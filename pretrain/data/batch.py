@@ -1,0 +1,79 @@
+"""One rank's part of a global batch, as the reader's processes prepare it.
+
+Shapes: B images on this rank, N = W * B in the global batch, K caption slots, U distinct texts of the global
+batch, U_r those that this rank encodes, P patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_Self = TypeVar("_Self", bound="_OnDevice")
+
+
+class _OnDevice:
+    """Moves every tensor field, however nested in lists, dictionaries and dataclasses."""
+
+    def to(self: _Self, device: torch.device) -> _Self:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self: _Self) -> _Self:
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self: _Self, function: object) -> _Self:
+        def walk(value: object) -> object:
+            if isinstance(value, Tensor):
+                return function(value)  # type: ignore[operator]
+            if isinstance(value, _OnDevice):
+                return value._map(function)
+            if isinstance(value, list):
+                return [walk(item) for item in value]
+            if isinstance(value, dict):
+                return {key: walk(item) for key, item in value.items()}
+            return value
+
+        fields = {field.name: walk(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return type(self)(**fields)
+
+
+@dataclass
+class PackedTexts(_OnDevice):
+    """The distinct texts that this rank encodes, in length buckets, each trimmed to its own longest."""
+
+    bucket_tokens: list[Tensor]  # each (U_b, L_b) int64; a bucket without a text holds one dummy, never used
+    order_R: Tensor  # (U_r,) int64: text u stands in row order_R[u] of the concatenated buckets
+
+
+@dataclass
+class TermColumns(_OnDevice):
+    """The distinct texts of the global batch that a contrastive term uses, and where each text stands among them."""
+
+    text_C: Tensor  # (C,) int64 into the U texts; C >= 1
+    column_of_text: Tensor  # (U + 1,) int64 into the C columns; C for a text that is none, and for the empty slot U
+
+
+@dataclass
+class Batch(_OnDevice):
+    image_BCHW: Tensor  # uint8
+    sample_B: Tensor  # int64 positions in the manifest's index
+    text_BK: Tensor  # int64 into the U texts; U in an empty slot
+    aspect_BK: Tensor  # int64 codes of `schema.ASPECTS`; NO_ASPECT_CODE in an empty slot
+    text_NK: Tensor  # text_BK of all ranks, rank-major: who owns what is known without asking them
+    packed: PackedTexts
+    #: (U,) int64: text u stands in this row of the texts gathered from all ranks, each padded to `num_padded_texts`
+    gathered_row_U: Tensor
+    num_padded_texts: int  # the largest U_r over ranks
+    columns: dict[str, TermColumns]  # by kind of objective
+    visible_BV: Tensor | None  # int64 patch positions that the masked student sees, ascending
+    masked_BM: Tensor | None  # int64 the others
+    num_truncated: int  # texts of this rank cut at the tokenizer's context length
+
+    @property
+    def num_texts(self) -> int:
+        """U."""
+        return int(self.gathered_row_U.shape[0])

@@ -1,0 +1,47 @@
+"""Patch masks: exactly the same number of masked patches for each image, seeded by (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.config import BlockMask, RandomMask
+
+MaskConfig = BlockMask | RandomMask
+
+
+def num_masked(config: MaskConfig, grid: tuple[int, int]) -> int:
+    """At least one patch masked and one visible."""
+    total = grid[0] * grid[1]
+    return min(total - 1, max(1, round(config.ratio * total)))
+
+
+def draw_mask(config: MaskConfig, grid: tuple[int, int], random: np.random.Generator) -> NDArray[np.bool_]:
+    """(height * width,) bool, True = masked, with `num_masked` True."""
+    wanted = num_masked(config, grid)
+    mask = np.zeros(grid, dtype=bool)
+    if isinstance(config, BlockMask):
+        _add_blocks(mask, wanted, config, random)
+    flat = mask.reshape(-1)
+    # blocks rarely add up to the exact number: the last few patches are drawn one by one (all of them, if random)
+    missing = wanted - int(flat.sum())
+    pool = np.flatnonzero(~flat) if missing > 0 else np.flatnonzero(flat)
+    flat[random.choice(pool, size=abs(missing), replace=False)] = missing > 0
+    return flat
+
+
+def _add_blocks(mask: NDArray[np.bool_], wanted: int, config: BlockMask, random: np.random.Generator) -> None:
+    """Rectangles of at least `min_num_patches` until no further one fits (BEiT's block-wise masking)."""
+    height, width = mask.shape
+    log_aspect = np.log(config.min_aspect_ratio)
+    for _ in range(100):
+        missing = wanted - int(mask.sum())
+        if missing < config.min_num_patches:
+            return
+        area = random.uniform(config.min_num_patches, missing)
+        aspect = np.exp(random.uniform(log_aspect, -log_aspect))
+        rows, columns = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if not (0 < rows <= height and 0 < columns <= width) or rows * columns > missing:
+            continue
+        top, left = random.integers(height - rows + 1), random.integers(width - columns + 1)
+        mask[top : top + rows, left : left + columns] = True

@@ -1,0 +1,107 @@
+"""Which distinct texts a global batch holds, who owns them, which rank encodes them, and how they are packed.
+
+Pure functions of numpy arrays, run by the reader's processes a step ahead of the device. The manifest's index
+holds the hash of every text, so each rank plans for all ranks without reading their samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_prep.schema import ASPECT_CODE, NO_ASPECT_CODE, Aspect
+from pretrain.data.batch import PackedTexts, TermColumns
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """N images, K slots, U distinct texts, ordered by the first slot that holds them: so also by rank."""
+
+    text_NK: NDArray[np.int64]  # into the U texts; U in an empty slot
+    first_slot_U: NDArray[np.int64]  # flat position in (N, K) of the slot that supplies the text's string
+    num_texts_by_rank: NDArray[np.int64]  # (W,): the lowest rank that holds a text encodes it
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.first_slot_U)
+
+    def supplied_by(self, rank: int) -> slice:
+        """The texts that `rank` encodes, a range of the U texts."""
+        start = int(self.num_texts_by_rank[:rank].sum())
+        return slice(start, start + int(self.num_texts_by_rank[rank]))
+
+    def gathered_rows(self) -> NDArray[np.int64]:
+        """(U,) row of each text after a gather in which every rank is padded to the largest count."""
+        padded = int(self.num_texts_by_rank.max())
+        return np.concatenate([rank * padded + np.arange(n) for rank, n in enumerate(self.num_texts_by_rank)])
+
+
+def plan_texts(hash_NK: NDArray[np.uint64], aspect_NK: NDArray[np.uint8], world_size: int) -> TextPlan:
+    """Distinct texts of a global batch whose images lie rank-major."""
+    num_images, num_slots = hash_NK.shape
+    valid = np.flatnonzero(aspect_NK.reshape(-1) != NO_ASPECT_CODE)
+    _, first, inverse = np.unique(hash_NK.reshape(-1)[valid], return_index=True, return_inverse=True)
+    by_first_slot = np.argsort(first)
+    position = np.empty_like(by_first_slot)
+    position[by_first_slot] = np.arange(len(by_first_slot))
+    text_NK = np.full(num_images * num_slots, len(first), dtype=np.int64)
+    text_NK[valid] = position[inverse]
+    first_slot = valid[first[by_first_slot]].astype(np.int64)
+    slots_per_rank = num_images // world_size * num_slots
+    counts = np.bincount(first_slot // slots_per_rank, minlength=world_size).astype(np.int64)
+    return TextPlan(text_NK.reshape(num_images, num_slots), first_slot, counts)
+
+
+def plan_columns(
+    plan: TextPlan, aspect_NK: NDArray[np.uint8], aspects_by_term: Mapping[str, Sequence[Aspect]]
+) -> dict[str, TermColumns]:
+    """For each contrastive term the texts that stand under one of its aspects anywhere in the global batch."""
+    columns = {}
+    for term, aspects in aspects_by_term.items():
+        codes = np.array([ASPECT_CODE[aspect] for aspect in aspects], dtype=np.uint8)
+        texts = np.unique(plan.text_NK[np.isin(aspect_NK, codes)])
+        if len(texts) == 0:
+            texts = np.zeros(1, dtype=np.int64)  # a column that nobody has weight on: the term is 0, shapes stay
+        column_of_text = np.full(plan.num_texts + 1, len(texts), dtype=np.int64)
+        column_of_text[texts] = np.arange(len(texts))
+        columns[term] = TermColumns(torch.from_numpy(texts), torch.from_numpy(column_of_text))
+    return columns
+
+
+def pack(tokens: Sequence[NDArray[np.int64]], bucket_edges: Sequence[int], pad_id: int, trim: bool) -> PackedTexts:
+    """Token ids of distinct texts into length buckets.
+
+    Every bucket exists on every rank, with a dummy text where it is empty, so that ranks that gather parameters
+    inside the text tower (ZeRO-3) run the same number of forwards.
+
+    Args:
+        tokens: untrimmed-of-meaning, unpadded ids, each at most `bucket_edges[-1]` long.
+        bucket_edges: ascending upper edges of the lengths, fixed for the run.
+        trim: cut a bucket at its own longest text; else pad it to its edge.
+    """
+    lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
+    bucket_of_text = np.searchsorted(np.asarray(bucket_edges), lengths)
+    bucket_tokens, order, num_rows = [], np.zeros(len(tokens), dtype=np.int64), 0
+    for bucket, edge in enumerate(bucket_edges):
+        members = np.flatnonzero(bucket_of_text == bucket)
+        width = int(lengths[members].max()) if trim and len(members) else 2 if trim else edge
+        padded = np.full((max(1, len(members)), width), pad_id, dtype=np.int64)
+        for row, text in enumerate(members):
+            padded[row, : lengths[text]] = tokens[text]
+        if not len(members):
+            padded[0, :] = pad_id + 1  # a dummy must have an unpadded token: attention over nothing is NaN
+        order[members] = num_rows + np.arange(len(members))
+        num_rows += len(padded)
+        bucket_tokens.append(torch.from_numpy(padded))
+    return PackedTexts(bucket_tokens, torch.from_numpy(order))
+
+
+def choose_bucket_edges(lengths: NDArray[np.int64], num_buckets: int, context_length: int) -> tuple[int, ...]:
+    """Quantiles of the token lengths, rounded up to multiples of 8; the last edge is the context length."""
+    quantiles = np.quantile(lengths, np.arange(1, num_buckets) / num_buckets)
+    edges = {min(context_length, -8 * (-int(np.ceil(q)) // 8)) for q in quantiles} | {context_length}
+    return tuple(sorted(edges))

@@ -1,0 +1,67 @@
+"""JPEG bytes to a square uint8 tensor. Normalisation happens on the device, where it costs nothing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from pretrain.config import AugmentationConfig
+
+#: (JPEG bytes, seed) -> (3, image_px, image_px) uint8
+ImageTransform = Callable[[bytes, int], Tensor]
+
+
+def _decode(jpeg: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(jpeg)) as image:
+        return image.convert("RGB")
+
+
+class TrainTransform:
+    """Random crop, flips and colour jitter, all drawn from the seed given with the image."""
+
+    def __init__(self, image_px: int, augmentation: AugmentationConfig) -> None:
+        jitter = augmentation.color_jitter
+        steps: list[torch.nn.Module] = [
+            v2.RandomResizedCrop(
+                image_px,
+                scale=(augmentation.crop_scale_min, 1.0),
+                ratio=(0.85, 1.18),
+                interpolation=v2.InterpolationMode.BICUBIC,
+            )
+        ]
+        if augmentation.horizontal_flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if augmentation.vertical_flip:
+            steps.append(v2.RandomVerticalFlip())
+        steps.append(v2.PILToTensor())
+        if jitter > 0:
+            steps.append(v2.ColorJitter(jitter, jitter, jitter, jitter / 10))
+        self._transform = v2.Compose(steps)
+
+    def __call__(self, jpeg: bytes, seed: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            image: Tensor = self._transform(_decode(jpeg))
+        return image
+
+
+class EvalTransform:
+    """Short side to `image_px`, centre crop: what open_clip's inference preprocessing does. The seed is ignored."""
+
+    def __init__(self, image_px: int) -> None:
+        self._transform = v2.Compose(
+            [
+                v2.Resize(image_px, interpolation=v2.InterpolationMode.BICUBIC),
+                v2.CenterCrop(image_px),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __call__(self, jpeg: bytes, seed: int = 0) -> Tensor:
+        image: Tensor = self._transform(_decode(jpeg))
+        return image

@@ -1,0 +1,1 @@
+"""Collectives (comm.py) and the engines (engine.py): DeepSpeed, and the plain-torch twin."""

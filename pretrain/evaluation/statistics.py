@@ -1,0 +1,221 @@
+"""Metrics of classification, and intervals by resampling whole patients or lesions.
+
+Shapes: N rows (images or queries), C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import InputError
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
+Bools = NDArray[np.bool_]
+#: Patient or lesion of each row; None = nothing known, so the row is a group of its own.
+Groups = Sequence[Hashable | None] | NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric with its confidence interval; `n` is the number of rows it was computed from. NaN = undefined."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+def accuracy(labels: Ints, predicted: Ints) -> float:
+    """Share of rows predicted right. `labels`, `predicted`: (N,) integers."""
+    return float(np.mean(labels == predicted))
+
+
+def balanced_accuracy(labels: Ints, predicted: Ints) -> float:
+    """Mean recall over the classes present in `labels`. `labels`, `predicted`: (N,) non-negative integers."""
+    num_rows = np.bincount(labels)
+    num_right = np.bincount(labels, weights=labels == predicted, minlength=len(num_rows))
+    present = num_rows > 0
+    return float(np.mean(num_right[present] / num_rows[present]))
+
+
+def weighted_f1(labels: Ints, predicted: Ints) -> float:
+    """F1 of each class, averaged with the class's share of `labels` as weight. (N,) non-negative integers.
+
+    F1 is 2 TP / (rows of the class + predictions of the class); a class absent from `labels` has no weight.
+    """
+    num_classes = int(max(labels.max(), predicted.max())) + 1
+    num_rows = np.bincount(labels, minlength=num_classes)
+    num_right = np.bincount(labels, weights=labels == predicted, minlength=num_classes)
+    num_named = num_rows + np.bincount(predicted, minlength=num_classes)
+    f1 = 2 * num_right / np.maximum(num_named, 1)
+    return float(np.sum(f1 * num_rows) / len(labels))
+
+
+def macro_auroc(labels: Ints, scores: Floats) -> float:
+    """Mean over classes of the area under the ROC curve, each class against the rest.
+
+    The Mann-Whitney form: the share of (row of the class, other row) pairs that column c puts in the right order, a
+    tie counting one half. Classes that every row or no row has are skipped; NaN when none is left.
+
+    labels: (N,) integers in [0, C). scores: (N, C), larger = more likely.
+    """
+    num_rows, num_classes = scores.shape
+    order = np.argsort(scores, axis=0)
+    sorted_scores = np.take_along_axis(scores, order, axis=0)
+    # a run of equal scores shares the mean of its positions
+    position = np.arange(num_rows)[:, None]
+    edge = np.ones((1, num_classes), dtype=bool)
+    changes = sorted_scores[1:] != sorted_scores[:-1]
+    first = np.maximum.accumulate(np.where(np.vstack([edge, changes]), position, 0), axis=0)
+    last = np.minimum.accumulate(np.where(np.vstack([changes, edge]), position, num_rows)[::-1], axis=0)[::-1]
+    is_positive = labels[order] == np.arange(num_classes)
+    num_positive = is_positive.sum(axis=0)
+    num_pairs = num_positive * (num_rows - num_positive)
+    rank_sum = ((first + last) * is_positive).sum(axis=0) / 2
+    num_ordered = rank_sum - num_positive * (num_positive - 1) / 2
+    defined = num_pairs > 0
+    return float(np.mean(num_ordered[defined] / num_pairs[defined])) if defined.any() else float("nan")
+
+
+# ---------------------------------------------------------------------------------------------- intervals
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float],
+    arrays: Sequence[NDArray[Any]],
+    *,
+    groups: Groups | None = None,
+    strata: Ints | None = None,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Percentile bootstrap of `statistic(*arrays)`, resampling whole groups within strata (Efron & Tibshirani, 1993).
+
+    Each resample draws as many groups as there are, with replacement, and takes all rows of each. Groups are drawn
+    within their stratum; a group that holds rows of several strata (a patient with two diagnoses) belongs to the
+    stratum of exactly that set, so every stratum occurs in every resample. A stratum of one group therefore adds no
+    width to the interval, and where every row is right (or wrong) the interval has none at all. Equal arguments give
+    equal intervals.
+
+    arrays: each with N rows first. groups: (N,), None = every row its own. strata: (N,) integers, usually the class.
+    An undefined (NaN) statistic gives an undefined interval. Raises ValueError when the arrays are empty or differ in
+    length, or when the statistic is undefined on a resample (pass `strata`).
+    """
+    num_rows = len(arrays[0])
+    given = [*arrays, *(rows for rows in (groups, strata) if rows is not None)]
+    if num_rows == 0 or any(len(rows) != num_rows for rows in given):
+        raise ValueError(
+            f"arrays, groups and strata must have equally many rows, at least 1: {[len(a) for a in given]}"
+        )
+    value = float(statistic(*arrays))
+    if np.isnan(value):
+        return Estimate(value, value, value, num_rows)
+
+    codes = np.arange(num_rows) if groups is None else group_codes(groups)
+    sampler = _GroupSampler(codes, np.zeros(num_rows, dtype=np.int64) if strata is None else strata)
+    rng = np.random.default_rng(seed)
+    draws = np.empty(num_resamples)
+    for resample in range(num_resamples):
+        rows = sampler.draw(rng)
+        draws[resample] = statistic(*(array[rows] for array in arrays))
+    if np.isnan(draws).any():
+        raise ValueError(
+            f"{int(np.isnan(draws).sum())} of {num_resamples} resamples leave the statistic undefined; "
+            "pass strata so that every class occurs in each"
+        )
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(value, float(low), float(high), num_rows)
+
+
+def proportion_interval(is_right: Bools, groups: Groups | None = None, confidence: float = 0.95) -> Estimate:
+    """Share of True with Wilson's score interval (Wilson, 1927), for the small counts where a bootstrap collapses.
+
+    Rows of one group are not independent: the interval takes the number of groups for the number of trials, which is
+    exact when a group's rows agree and wider than needed when they don't. is_right: (N,); N = 0 gives NaN.
+    """
+    num_rows = len(is_right)
+    if num_rows == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    share = float(np.mean(is_right))
+    num_trials = num_rows if groups is None else int(group_codes(groups).max()) + 1
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = (share + z**2 / (2 * num_trials)) / (1 + z**2 / num_trials)
+    half = z / (1 + z**2 / num_trials) * np.sqrt(share * (1 - share) / num_trials + z**2 / (4 * num_trials**2))
+    # at 0 and 1 a bound equals the share; rounding must not put it on the other side
+    return Estimate(share, float(min(centre - half, share)), float(max(centre + half, share)), num_rows)
+
+
+def group_codes(groups: Groups) -> NDArray[np.int64]:
+    """Number the groups 0, 1, ... in order of appearance; each None gets a number of its own."""
+    code_of: dict[Hashable, int] = {}
+    codes = np.empty(len(groups), dtype=np.int64)
+    for row, group in enumerate(groups):
+        codes[row] = code_of.setdefault(("ungrouped", row) if group is None else ("group", group), len(code_of))
+    return codes
+
+
+class _GroupSampler:
+    """Row indices of random resamples. The tables are made once, so that a draw is a few numpy calls."""
+
+    def __init__(self, codes: NDArray[np.int64], strata: Ints) -> None:
+        _, stratum = np.unique(strata, return_inverse=True)
+        holds = np.zeros((codes.max() + 1, stratum.max() + 1), dtype=bool)  # (groups, strata)
+        holds[codes, stratum] = True
+        _, joint = np.unique(holds, axis=0, return_inverse=True)
+        joint = joint.ravel()
+        self.group_order = np.argsort(joint, kind="stable")  # groups, those of one joint stratum side by side
+        stratum_sizes = np.bincount(joint)
+        self.stratum_size = np.repeat(stratum_sizes, stratum_sizes)
+        self.stratum_start = np.repeat(np.cumsum(stratum_sizes) - stratum_sizes, stratum_sizes)
+        self.row_order = np.argsort(codes, kind="stable")  # rows, those of one group side by side
+        self.group_size = np.bincount(codes)
+        self.group_start = np.cumsum(self.group_size) - self.group_size
+
+    def draw(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        drawn = self.group_order[self.stratum_start + rng.integers(self.stratum_size)]
+        sizes = self.group_size[drawn]
+        ends = np.cumsum(sizes)
+        within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
+        rows: NDArray[np.int64] = self.row_order[np.repeat(self.group_start[drawn], sizes) + within]
+        return rows
+
+
+# ---------------------------------------------------------------------------------------------- checks of input
+
+
+def check_features(features: Floats, name: str) -> None:
+    """Raise InputError unless `features` is (rows >= 1, width), finite, and of unit rows (to 2 %, for bfloat16)."""
+    if features.ndim != 2 or len(features) == 0:
+        raise InputError(f"{name}: expected (rows, width) with at least one row, got shape {features.shape}")
+    norms = np.linalg.norm(features.astype(np.float64), axis=1)
+    for is_bad, problem in (
+        (~np.isfinite(norms), "are not finite; did training diverge?"),
+        (np.abs(norms - 1) > 0.02, "are not unit vectors; normalise them first"),
+    ):
+        if is_bad.any():
+            raise InputError(f"{name}: {is_bad.sum()} rows (first: {is_bad.argmax()}) {problem}")
+
+
+def check_indices(indices: Ints, name: str, num_rows: int, num_items: int, remedy: str) -> NDArray[np.int64]:
+    """`indices` as (num_rows,) int64 in [0, num_items), or InputError naming the first row that is not."""
+    indices = np.asarray(indices)
+    if indices.shape != (num_rows,) or not np.issubdtype(indices.dtype, np.integer):
+        raise InputError(f"{name}: expected {num_rows} integers, got shape {indices.shape} of {indices.dtype}")
+    outside = (indices < 0) | (indices >= num_items)
+    if outside.any():
+        row = int(outside.argmax())
+        raise InputError(
+            f"{name}: row {row} has {indices[row]}, outside 0 ... {num_items - 1} ({outside.sum()} such rows); {remedy}"
+        )
+    return indices.astype(np.int64)

@@ -1,0 +1,1 @@
+"""Towers, the dual encoder, text packing and the masked-latent parts."""

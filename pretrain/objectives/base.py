@@ -1,0 +1,35 @@
+"""What an objective is: an object that turns the step's features into a loss and declared statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from data_prep.schema import Aspect
+from pretrain.objectives.features import Features
+
+
+@dataclass
+class Term:
+    """One objective's value on this rank.
+
+    `loss` is W x (this rank's share of the global loss): the mean over ranks is the loss of one process with the
+    whole batch, and so is the mean of its gradients, which the engine takes. `statistics` are (sum, count) pairs,
+    summed over ranks only when they are logged.
+    """
+
+    loss: Tensor
+    statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    kind: str
+    weight: float
+    needs_patches: bool
+    #: aspects of the texts it contrasts; None for an objective without texts
+    aspects: Sequence[Aspect] | None
+
+    def __call__(self, features: Features) -> Term: ...

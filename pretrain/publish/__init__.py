@@ -1,0 +1,1 @@
+"""Export of a checkpoint to a folder that open_clip loads."""

@@ -1,0 +1,180 @@
+"""Checkpoints that cannot be torn, and resume.
+
+    RUN_DIR/checkpoints/step-00000500/
+        meta.json          step, resolved config, data, ranks, size of every file; written last
+        model.safetensors  fp32 weights of the whole module: for evaluation and export
+        teacher.safetensors  the EMA teacher, where there is one
+        engine.../           what the engine needs to go on (DeepSpeed's files, or torch_engine.pt)
+
+Every rank writes into `step-N.partial`; when all agree, rank 0 lists the files in meta.json and renames the folder.
+A folder with the final name is whole, whatever was killed, so resume takes the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from data_prep.errors import InputError
+from pretrain.config import TrainConfig
+from pretrain.distributed import comm
+from pretrain.distributed.engine import full_tensors
+from pretrain.train.step import Trainer
+
+#: what may differ between the run that wrote a checkpoint and the one that goes on: it does not change the result
+_FREE_KEYS = {"run_dir", "log_every", "checkpoint_every", "keep_checkpoints", "launch", "data.num_workers"}
+
+
+def save_checkpoint(trainer: Trainer, step: int, data_digest: str) -> Path:
+    """`step` steps are done. All ranks call it. Raises OSError on every rank when one could not write."""
+    final = _folder(trainer.config.run_dir, step)
+    partial = final.with_suffix(".partial")
+    if comm.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    comm.barrier()
+    _on_all_ranks(partial, lambda: trainer.engine.save(partial))
+    model_state = _full_state(trainer)
+    if_main = (lambda: _write_shared(trainer, partial, model_state, step, data_digest)) if comm.rank() == 0 else None
+    _on_all_ranks(partial, if_main)
+    if comm.rank() == 0:
+        for path in partial.rglob("*"):
+            _fsync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _fsync(final.parent)
+        for old in list_checkpoints(trainer.config.run_dir)[: -trainer.config.keep_checkpoints]:
+            shutil.rmtree(old)
+    comm.barrier()
+    return final
+
+
+def _on_all_ranks(folder: Path, write: Callable[[], None] | None) -> None:
+    """Runs `write` where there is one and waits for all; every rank raises when one could not write."""
+    problem: OSError | None = None
+    try:
+        if write is not None:
+            write()
+    except (OSError, SafetensorError) as error:
+        problem = OSError(str(error))
+    if not comm.all_agree(problem is None):
+        raise OSError(f"{folder}: the checkpoint could not be written ({problem or 'on another rank'}); disk full?")
+
+
+def _write_shared(
+    trainer: Trainer, folder: Path, model_state: dict[str, torch.Tensor], step: int, data_digest: str
+) -> None:
+    save_file(model_state, folder / "model.safetensors")
+    if trainer.teacher is not None and trainer.ema is not None:
+        save_file(_contiguous(trainer.teacher.state_dict()), folder / "teacher.safetensors")
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    meta = {
+        "step": step,
+        "samples_seen": step * trainer.config.global_batch_size,
+        "config": trainer.config.model_dump(mode="json"),
+        "data_digest": data_digest,
+        "num_ranks": comm.world_size(),
+        "files": files,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _full_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """fp32 parameters and buffers of the module; all ranks call it."""
+    buffers = dict(trainer.engine.module.named_buffers())
+    persistent = trainer.engine.module.state_dict().keys()
+    buffers = {name: buffer for name, buffer in buffers.items() if name in persistent}
+    return _contiguous({**buffers, **full_tensors(trainer.engine, trainer.engine.module)})
+
+
+def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Whole ones, oldest first."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """Raises InputError when a file is missing or not of the size it was written with."""
+    path = checkpoint / "meta.json"
+    if not path.is_file():
+        raise InputError(f"{path}: missing; {checkpoint} is no checkpoint of dermvlp")
+    meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name, size in meta["files"].items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise InputError(f"{file}: missing or not of the size it was written with; remove {checkpoint} to resume before it")
+    return meta
+
+
+def resume(trainer: Trainer, data_digest: str) -> int:
+    """Load the newest checkpoint of the run, if it has one. Returns the number of steps already done."""
+    checkpoints = list_checkpoints(trainer.config.run_dir)
+    if not checkpoints:
+        return 0
+    newest = checkpoints[-1]
+    meta = read_meta(newest)
+    _refuse_other_run(trainer.config, meta, data_digest, newest)
+    trainer.engine.load(newest)
+    if trainer.teacher is not None and trainer.ema is not None:
+        trainer.teacher.load_state_dict(load_file(newest / "teacher.safetensors"))
+    return int(meta["step"])
+
+
+def _refuse_other_run(config: TrainConfig, meta: dict[str, Any], data_digest: str, checkpoint: Path) -> None:
+    ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(meta["config"])
+    differences = [
+        f"  {key}: {theirs.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and not _is_free(key)
+    ]
+    if differences:
+        raise InputError(
+            f"{checkpoint}: written by a run of another configuration; choose another run_dir, or set it back:\n"
+            + "\n".join(differences)
+        )
+    if meta["data_digest"] != data_digest:
+        raise InputError(f"{checkpoint}: {config.data.train_dir} holds other samples than the run began with; choose another run_dir")
+    if meta["num_ranks"] != comm.world_size():
+        raise InputError(f"{checkpoint}: written by {meta['num_ranks']} ranks, now {comm.world_size()}; start as many")
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict):
+        items: list[tuple[str, Any]] = [(str(key), value) for key, value in node.items()]
+    elif isinstance(node, list):
+        items = [(str(position), value) for position, value in enumerate(node)]
+    else:
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

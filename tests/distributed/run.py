@@ -1,0 +1,30 @@
+"""Runs a function on W gloo ranks, each a real process, and returns what each returned."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """`function(*arguments)` with a process group; its results (torch.save-able) in the order of the ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_worker, (function, world_size, folder, arguments), world_size, start_method="spawn")
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world_size), rank=rank, world_size=world_size)
+    try:
+        torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
