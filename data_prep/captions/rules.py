@@ -8,8 +8,10 @@ where a negation reaches over them ("no lesions on the palms" stays whole).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from data_prep.captions.decompose import Decomposition, Dropped
 from data_prep.captions.lexicon import STRENGTHS, label, score
@@ -34,7 +36,7 @@ _BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 #: "(A)", "b)", "A-D:", "A.", "1)" at the beginning of a panel's legend
 _PANEL = re.compile(
     r"(?:(?<=^)|(?<=[.;:,]\s))"
-    r"(?:\([A-Ha-h1-9](?:[-\u2013,][A-Ha-h])?\)|[A-Ha-h1-9]\)|[A-H](?:-[A-H])?[.:])[.:]?\s+(?=[\"'\u201c]?[A-Z])"
+    r"(?:\([A-Ha-h1-9](?:[-\u2013,][A-Ha-h])?\)|[A-Ha-h1-9]\)|[A-H](?:-[A-H])?[.:]|[a-h]:)[.:]?\s+(?=[\"'\u201c]?[A-Z])"
 )
 _NOTHING_SAID = re.compile(
     r"(?:none|n/?a|unknown|not (?:available|applicable|specified|provided|mentioned))"
@@ -178,6 +180,11 @@ _CUTS: dict[str, tuple[frozenset[Aspect], frozenset[Aspect]]] = {
     "place": (_DESCRIPTIVE, _DESCRIPTIVE - {Aspect.MORPHOLOGY, Aspect.SYMPTOMS}),
 }
 
+_WEAK = ("finding", "place")
+
+#: too little to be a piece: one word, or auxiliaries and adverbs only
+_EMPTY = re.compile(rf"\s*(?:[^\s]+|(?:(?:{_AUXILIARY}|be|been|also|often|not|it|they|\w+ly)\s*)+)?\s*", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class _Clause:
@@ -202,15 +209,19 @@ class _Clause:
 
 
 def _raw_clauses(sentence: str) -> list[_Clause]:
-    """The sentence at all its boundaries, except those that would leave a single word behind them."""
+    """The sentence at all its boundaries, except those that would leave next to nothing behind them."""
     found: list[_Clause] = []
     start, mark, kind = 0, 0, "clause"
     for boundary in _BOUNDARY.finditer(_mask_brackets(sentence)):
-        if len(sentence[start + mark : boundary.start()].split()) < 2:
-            continue
+        next_kind = boundary.lastgroup or "clause"
+        if _EMPTY.fullmatch(sentence[start + mark : boundary.start()]):
+            if not found or kind not in _WEAK or next_kind in _WEAK:
+                continue
+            # the weaker boundary of the two goes
+            undone = found.pop()
+            start, mark, kind = undone.start, undone.mark, undone.kind
         found.append(_Clause(sentence, start, mark, boundary.start(), kind))
-        start, mark = boundary.start(), boundary.end() - boundary.start()
-        kind = boundary.lastgroup or "clause"
+        start, mark, kind = boundary.start(), boundary.end() - boundary.start(), next_kind
     found.append(_Clause(sentence, start, mark, len(sentence), kind))
     return found
 
@@ -253,7 +264,7 @@ def _tidy(text: str) -> str:
     trimmed = _LEAD_IN.sub("", text, count=1) if _LEAD_IN.match(text) else text
     if len(trimmed.split()) >= 2:
         text = trimmed
-    text = text.rstrip(".,;: ") if not _CLOSING_ABBREVIATION.search(text) else text
+    text = text.rstrip(".,;: \u3002") if not _CLOSING_ABBREVIATION.search(text) else text
     shorter = _DANGLING.sub("", text)
     text = shorter if len(shorter.split()) >= 2 else text
     return text[:1].upper() + text[1:]
@@ -262,11 +273,34 @@ def _tidy(text: str) -> str:
 # ---------------------------------------------------------------------------------------------- captions
 
 
+def _worth_keeping(pieces: list[_Clause]) -> tuple[list[_Clause], list[Dropped]]:
+    """Without pieces that have no words, say nothing, or repeat an earlier one; the latter two are reported."""
+    kept: list[_Clause] = []
+    dropped: list[Dropped] = []
+    seen: set[str] = set()
+    for piece in pieces:
+        text = _tidy(piece.text)
+        if not any(character.isalnum() for character in text):
+            continue
+        if says_nothing(text):
+            dropped.append(Dropped(text, label(text), "says only that something is not known"))
+        elif text.casefold() in seen:
+            dropped.append(Dropped(text, label(text), "repeated"))
+        else:
+            seen.add(text.casefold())
+            kept.append(piece)
+    return kept, dropped
+
+
 def _fit(pieces: list[_Clause], num_places: int) -> list[_Clause]:
     """Join the shortest neighbours of one sentence until there is room for all, or no neighbours are left."""
     pieces = list(pieces)
     while len(pieces) > num_places:
-        pairs = [i for i in range(len(pieces) - 1) if pieces[i].sentence is pieces[i + 1].sentence]
+        pairs = [
+            i
+            for i, (left, right) in enumerate(pairwise(pieces))
+            if left.sentence is right.sentence and left.end == right.start
+        ]
         if not pairs:
             break
         best = min(pairs, key=lambda i: pieces[i + 1].end - pieces[i].start)
@@ -276,14 +310,11 @@ def _fit(pieces: list[_Clause], num_places: int) -> list[_Clause]:
 
 def _leave_out(captions: list[Caption], num_places: int) -> tuple[list[Caption], list[Caption]]:
     """Kept and left out, both in order: OTHER goes first, then the last ones of the commonest aspect."""
-    kept, left_out = list(captions), []
+    kept = list(captions)
     while len(kept) > num_places:
-        counts: dict[Aspect, int] = {}
-        for caption in kept:
-            counts[caption.aspect] = counts.get(caption.aspect, 0) + 1
-        index = max(range(len(kept)), key=lambda i: (kept[i].aspect is Aspect.OTHER, counts[kept[i].aspect], i))
-        left_out.append(kept.pop(index))
-    return kept, left_out
+        counts = Counter(caption.aspect for caption in kept)
+        kept.pop(max(range(len(kept)), key=lambda i: (kept[i].aspect is Aspect.OTHER, counts[kept[i].aspect], i)))
+    return kept, [caption for caption in captions if caption not in kept]
 
 
 def split(caption: str) -> Decomposition:
@@ -292,23 +323,9 @@ def split(caption: str) -> Decomposition:
     Spans that say nothing or repeat another, and those beyond the limit, are reported in `dropped`. An empty
     caption gives none.
     """
-    pieces = [piece for sentence in sentences(caption) for piece in clauses(sentence)]
-    kept: list[Caption] = []
-    dropped: list[Dropped] = []
-    seen: set[str] = set()
-    for piece in _fit(pieces, MAX_SUBCAPTIONS):
-        text = _tidy(piece.text)
-        if not any(character.isalnum() for character in text):
-            continue
-        aspect = label(text)
-        if says_nothing(text):
-            dropped.append(Dropped(text, aspect, "says only that something is not known"))
-        elif text.casefold() in seen:
-            dropped.append(Dropped(text, aspect, "repeated"))
-        else:
-            seen.add(text.casefold())
-            kept.append(Caption(aspect=aspect, text=text))
-    kept, left_out = _leave_out(kept, MAX_SUBCAPTIONS)
+    pieces, dropped = _worth_keeping([piece for sentence in sentences(caption) for piece in clauses(sentence)])
+    texts = [_tidy(piece.text) for piece in _fit(pieces, MAX_SUBCAPTIONS)]
+    kept, left_out = _leave_out([Caption(aspect=label(text), text=text) for text in texts], MAX_SUBCAPTIONS)
     dropped += [Dropped(c.text, c.aspect, f"more than {MAX_SUBCAPTIONS} sub-captions") for c in left_out]
     return Decomposition(tuple(kept), tuple(dropped), made_by="rules")
 

@@ -49,7 +49,7 @@ class LLMServer:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         caption = json.loads(body["messages"][-1]["content"])["caption"]
         with self._lock:
-            self.headers.append(dict(handler.headers.items()))
+            self.headers.append({name.lower(): value for name, value in handler.headers.items()})
             self.bodies.append(body)
             number = self.num_requests[caption]
             self.num_requests[caption] += 1

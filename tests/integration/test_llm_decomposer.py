@@ -15,13 +15,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from llm_server import Reply, answer, serve
-
 from data_prep.captions.decompose import make_decomposer
 from data_prep.captions.llm import LLMSplitter
 from data_prep.config import LLMDecomposer, RulesDecomposer
 from data_prep.errors import InputError
+from tests.integration.llm_server import Reply, answer, serve
 
 KEY = "sk-test-3fd81c77-do-not-write"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -43,7 +41,7 @@ FINE = {
         ("body_site", "On the left elbow"),
         ("demographics", "A 52-year-old man"),
         ("symptoms", "Without itching"),
-        ("symptoms", "Itching"),  # negation lost: to be dropped
+        ("symptoms", "Itching plaque"),  # negation lost: to be dropped
     ),
     LIMITED: answer(("morphology", "Tense blisters"), ("body_site", "On both shins")),
     BROKEN: answer(("morphology", "Pearly papule with fine vessels"), ("body_site", "On the nose")),
@@ -99,10 +97,10 @@ def test_each_outcome_its_requests_and_no_second_asking(tmp_path: Path, caplog: 
     with serve(SCRIPT.__getitem__) as server:
         decomposer = make_decomposer(config(server.url), ledger_path)
         decomposer.prepare([*SCRIPT, GOOD, *SCRIPT])  # each one three or two times
-        expected = {caption: 1 for caption in (GOOD, SLOW)} | {caption: 2 for caption in (LIMITED, BROKEN, *UNUSABLE)}
+        expected = dict.fromkeys((GOOD, SLOW), 1) | dict.fromkeys((LIMITED, BROKEN, *UNUSABLE), 2)
         assert dict(server.num_requests) == expected
         assert server.max_in_flight > 1
-        assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+        assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
         assert server.bodies[0]["response_format"]["json_schema"]["strict"] is True
         assert server.bodies[0]["max_tokens"] == 800
 
@@ -163,7 +161,7 @@ def test_no_server_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         make_decomposer(config(None), tmp_path / "l.sqlite").prepare([GOOD])
     with serve(SCRIPT.__getitem__) as server:
         make_decomposer(config(server.url), tmp_path / "l.sqlite").prepare([GOOD])
-        assert server.headers[0]["Authorization"] == "Bearer not-needed"
+        assert server.headers[0]["authorization"] == "Bearer not-needed"
 
 
 def test_unanswered_captions_are_served_and_asked_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -192,7 +190,7 @@ def test_unanswered_captions_are_served_and_asked_again(tmp_path: Path, caplog: 
 def test_a_server_that_is_down_ends_the_run(tmp_path: Path) -> None:
     captions = [f"Red patch number {number}" for number in range(300)]
     with serve(lambda _: [Reply("overloaded", 503)]) as server:
-        with pytest.raises(InputError, match="calls in a row without an answer.*overloaded.*unanswered"):
+        with pytest.raises(InputError, match=r"calls in a row without an answer.*overloaded.*unanswered"):
             make_decomposer(config(server.url, max_retries=0), tmp_path / "l.sqlite").prepare(captions)
         assert 16 <= server.num_requests.total() <= 20
 

@@ -137,9 +137,9 @@ def test_remains_in_captions(text: str, clean: str, num: int) -> None:
 
 def test_missing_column_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("filename,captions\n")
-    with pytest.raises(InputError, match="no column 'caption'.*did you mean 'captions'"):
+    with pytest.raises(InputError, match=r"no column 'caption'.*did you mean 'captions'"):
         open_source(Derm1MSource(train_csv_path=tmp_path / "t.csv", image_dir=tmp_path))
-    with pytest.raises(InputError, match="source.val_csv_path"):
+    with pytest.raises(InputError, match=r"source\.val_csv_path"):
         train = write(tmp_path / "u.csv")
         open_source(Derm1MSource(train_csv_path=train, val_csv_path=tmp_path / "none.csv", image_dir=tmp_path))
 

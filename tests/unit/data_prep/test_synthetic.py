@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 from sklearn.ensemble import RandomForestClassifier
 
 from data_prep.config import PrepareConfig, SyntheticSource, load_config
@@ -112,8 +112,14 @@ def test_attributes_are_visible() -> None:
 
 
 def _lesion_area(image: Image.Image) -> float:
-    grey = np.asarray(image.convert("L"), np.float32)
-    return float((grey < np.median(grey) - 30).mean())
+    """Share of pixels at least half as dark, against a plane fitted to the picture's rim, as the darkest spot."""
+    grey = np.asarray(image.convert("L").filter(ImageFilter.BoxBlur(2)), np.float64)
+    y, x = np.indices(grey.shape)
+    rim = (np.minimum(x, y) < 8) | (np.maximum(x, y) >= len(grey) - 8)
+    plane = np.stack([x, y, np.ones_like(x)], axis=-1)
+    weights, *_ = np.linalg.lstsq(plane[rim].astype(np.float64), grey[rim], rcond=None)
+    darker = plane @ weights - grey
+    return float((darker > darker.max() / 2).mean())
 
 
 def test_classes_are_learnable_and_not_trivial() -> None:

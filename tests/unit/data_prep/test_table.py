@@ -1,4 +1,4 @@
-"""The CSV source: nothing is lost silently, nothing outside the image folder is opened, captions are filled correctly."""
+"""The CSV source: nothing is lost silently, nothing outside the image folder is opened, templates are filled."""
 
 from __future__ import annotations
 
@@ -217,10 +217,10 @@ def test_files_that_are_no_table(make: Any, content: bytes, message: str) -> Non
 
 def test_missing_table_and_folder_are_found_before_any_row(tmp_path: Path) -> None:
     config = {"table_path": tmp_path / "t.csv", "image_dir": tmp_path / "gone", "columns": {"image": "file", **CAPTION}}
-    with pytest.raises(InputError, match="no such table; correct source.table_path"):
+    with pytest.raises(InputError, match=r"no such table; correct source\.table_path"):
         open_source(TableSource.model_validate(config))
     (tmp_path / "t.csv").write_text("file,text\n")
-    with pytest.raises(InputError, match="no such image folder; correct source.image_dir"):
+    with pytest.raises(InputError, match=r"no such image folder; correct source\.image_dir"):
         open_source(TableSource.model_validate(config))
 
 

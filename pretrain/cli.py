@@ -1,0 +1,126 @@
+"""The command `dermvlp`: parse, call, print. Bad input ends with one message and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.errors import InputError
+
+# Each command imports what it needs: `dermvlp prepare` runs on a machine without torch.
+# ruff: noqa: PLC0415
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return int(arguments.run(arguments) or 0)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dermvlp", description="Dermatology vision-language pretraining.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, text: str, config: str | None = None) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        if config is not None:
+            command.add_argument("config", help=config)
+            command.add_argument("overrides", nargs="*", metavar="key.path=value")
+        return command
+
+    add("prepare", _prepare, "image-text pairs to shards", "YAML file, see configs/data/")
+    verify = add("verify", _verify, "check a split's shards against their SHA-256")
+    verify.add_argument("directory", type=Path)
+    captions = add("captions", _captions, "judge a caption decomposer on Derm1M's own captions")
+    captions.add_argument("rest", nargs=argparse.REMAINDER, help="options of `python -m data_prep.captions.report`")
+    add("train", _train, "pretrain; goes on with the run in run_dir, if there is one", "YAML, see configs/pretrain/")
+    evaluate = add("evaluate", _evaluate, "zero-shot and retrieval of a run's newest checkpoint")
+    evaluate.add_argument("run_dir", type=Path)
+    evaluate.add_argument("--data", type=Path, required=True, help="folder of a split, with manifest.json")
+    evaluate.add_argument("--classnames-of", type=Path, help="another split whose diagnoses are classes too")
+    evaluate.add_argument("--templates", default="dermatology", help="list in configs/eval/templates.json")
+    evaluate.add_argument("--out", type=Path, help="JSON file for the numbers")
+    export = add("export", _export, "a folder for open_clip's local-dir:")
+    export.add_argument("run_dir", type=Path)
+    export.add_argument("out_dir", type=Path)
+    demo = add("demo", _demo, "the whole way: prepare, evaluate, train, evaluate, export, report")
+    demo.add_argument("--source", default="configs/data/synthetic.yaml", help="data config")
+    demo.add_argument("--recipe", help="training config; by default the demo's for synthetic or for real images")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    return parser
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from data_prep.config import PrepareConfig, load_config
+    from data_prep.prepare import prepare
+    from data_prep.summary import print_summary
+
+    config = load_config(arguments.config, arguments.overrides, PrepareConfig)
+    started = time.monotonic()
+    print_summary(config.out_dir, prepare(config), time.monotonic() - started)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from data_prep.shards import verify
+
+    manifest = verify(arguments.directory)
+    print(f"{arguments.directory}: {manifest.num_samples} samples in {len(manifest.shards)} shards, every byte as written")
+    return 0
+
+
+def _captions(arguments: argparse.Namespace) -> int:
+    from data_prep.captions.report import main as report
+
+    return report(arguments.rest)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from pretrain.train.launch import launch
+
+    return launch(arguments.config, arguments.overrides)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from pretrain.data.manifest import ShardedDataset
+    from pretrain.evaluation.embed import load_encoder
+    from pretrain.evaluation.evaluate import TEMPLATES_PATH, diagnoses, evaluate, print_table, write_json
+    from pretrain.evaluation.zero_shot import load_templates
+
+    data = ShardedDataset(arguments.data)
+    others = [ShardedDataset(arguments.classnames_of)] if arguments.classnames_of else []
+    templates = load_templates(TEMPLATES_PATH, arguments.templates)
+    result = evaluate(load_encoder(arguments.run_dir), data, diagnoses(data, *others), templates)
+    print_table(result)
+    if arguments.out is not None:
+        write_json(arguments.out, result)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from pretrain.publish.export import export
+
+    folder = export(arguments.run_dir, arguments.out_dir)
+    print(f'open_clip.create_model_and_transforms("local-dir:{folder}")')
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from pretrain.demo import demo
+
+    return demo(arguments.source, arguments.recipe, arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

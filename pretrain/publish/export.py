@@ -1,0 +1,58 @@
+"""A checkpoint to a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads, outputs equal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from safetensors.torch import load_file, save_file
+
+from data_prep.errors import InputError
+from pretrain.evaluation.embed import checkpoint_config, find_checkpoint
+from pretrain.models.towers import build_open_clip, read_tower_config, resolve_packages
+
+_TRAINING_ONLY = ("predictor.", "patch_projection.")  # not part of the dual encoder that open_clip knows
+
+
+def export(run_or_checkpoint: Path, out_dir: Path) -> Path:
+    """Weights (safetensors), open_clip_config.json and, for an HF text tower, its config and tokenizer.
+
+    Raises InputError where the folder holds something else already.
+    """
+    checkpoint = find_checkpoint(run_or_checkpoint)
+    config = checkpoint_config(checkpoint)
+    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "open_clip_config.json").is_file():
+        raise InputError(f"{out_dir}: not empty and no earlier export; choose another folder")
+    state = load_file(checkpoint / "model.safetensors")
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(_TRAINING_ONLY)}
+    model = build_open_clip(config.model, load_pretrained=False)
+    model.load_state_dict(state)  # strict: every parameter of open_clip's own model, and nothing else
+    state["logit_scale"] = state["logit_scale"].reshape(())  # as open_clip creates it
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_file(state, out_dir / "open_clip_model.safetensors", metadata={"format": "pt"})
+    model_cfg = dict(read_tower_config(config.model.name).model_cfg)
+    model_cfg["custom_text"] = True
+    if "hf_model_name" in model_cfg["text_cfg"]:
+        model_cfg["text_cfg"] = _export_hf_text(model, model_cfg, out_dir)
+    document = {"model_cfg": model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
+    (out_dir / "open_clip_config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+    for name in ("config.yaml", "metrics.jsonl"):
+        source = checkpoint.parent.parent / name
+        if source.is_file():
+            shutil.copyfile(source, out_dir / f"training_{name}")
+    return out_dir
+
+
+def _export_hf_text(model: Any, model_cfg: dict[str, Any], out_dir: Path) -> dict[str, Any]:
+    """The text tower's architecture and tokenizer into the folder.
+
+    open_clip hands `hf_model_name` to transformers as it is, so it has to be an absolute path: after moving the
+    folder, change that one line of open_clip_config.json.
+    """
+    resolved = resolve_packages(model_cfg)["text_cfg"]
+    model.text.config.save_pretrained(out_dir)
+    open_clip.tokenizer.HFTokenizer(resolved["hf_tokenizer_name"]).save_pretrained(out_dir)
+    return {**model_cfg["text_cfg"], "hf_model_name": str(out_dir.resolve()), "hf_tokenizer_name": str(out_dir.resolve())}

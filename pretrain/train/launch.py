@@ -1,0 +1,28 @@
+"""Starts the ranks of a run on this machine: `dermvlp train CONFIG`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from data_prep.config import load_config
+from pretrain.config import TrainConfig
+from pretrain.train.__main__ import main as train_here
+
+
+def launch(config_path: str, overrides: Sequence[str]) -> int:
+    """The exit status. With one rank, or under a launcher already, this process is the rank.
+
+    The config is read (and refused) here first, so that a mistake is one message and not one a rank.
+    """
+    config = load_config(config_path, list(overrides), TrainConfig)
+    if config.launch.num_ranks == 1 or "RANK" in os.environ:
+        return train_here([config_path, *overrides])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={config.launch.num_ranks}", "-m", "pretrain.train", config_path, *overrides]
+    environment = dict(os.environ)
+    if config.launch.threads_per_rank is not None:
+        environment["OMP_NUM_THREADS"] = str(config.launch.threads_per_rank)
+    return subprocess.run(command, env=environment, check=False).returncode
