@@ -129,11 +129,15 @@ class TableSource(Frozen):
     table_path: Path
     image_dir: Path
     columns: TableColumns
-    extra_columns: dict[str, str] = {}  # name in templates -> column: for caption_template only
+    extra_columns: dict[str, str] = Field(
+        default_factory=dict
+    )  # name in templates -> column: for caption_template only
     #: Sentences with {field} places; a sentence with an absent field is left out. Used where there is no caption.
     caption_template: tuple[str, ...] = ()
-    replace: dict[str, dict[str, str]] = {}  # field -> value in the table -> value to use ("" = absent)
-    split_values: dict[str, Literal["train", "val"]] = {"train": "train", "val": "val"}
+    replace: dict[str, dict[str, str]] = Field(
+        default_factory=dict
+    )  # field -> value in the table -> value to use ("" = absent)
+    split_values: dict[str, Literal["train", "val"]] = Field(default={"train": "train", "val": "val"})
     licence: str | None = None  # where the table has no such column
 
 

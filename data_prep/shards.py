@@ -203,7 +203,7 @@ def _ledger(rejected: Sequence[RejectionRecord]) -> bytes:
 
 
 def verify(directory: Path) -> ShardManifest:
-    """Reads every byte of a split: shards and index against their SHA-256. Raises InputError for the first that differs."""
+    """Every byte of a split against its SHA-256. Raises InputError for the first file that differs."""
     path = directory / "manifest.json"
     if not path.is_file():
         raise InputError(f"{path}: no manifest here; make the shards with `dermvlp prepare CONFIG`")
@@ -211,7 +211,7 @@ def verify(directory: Path) -> ShardManifest:
     expected = {shard.name: shard.sha256 for shard in manifest.shards} | {"index.npy": manifest.index_sha256}
     for name, sha256 in expected.items():
         if not (directory / name).is_file() or file_sha256(directory / name) != sha256:
-            raise InputError(f"{directory / name}: missing, or its SHA-256 is not the manifest's; run `dermvlp prepare` again")
+            raise InputError(
+                f"{directory / name}: missing, or its SHA-256 is not the manifest's; run `dermvlp prepare` again"
+            )
     return manifest
-
-

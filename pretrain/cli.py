@@ -12,7 +12,6 @@ from pathlib import Path
 from data_prep.errors import InputError
 
 # Each command imports what it needs: `dermvlp prepare` runs on a machine without torch.
-# ruff: noqa: PLC0415
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +75,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     from data_prep.shards import verify
 
     manifest = verify(arguments.directory)
-    print(f"{arguments.directory}: {manifest.num_samples} samples in {len(manifest.shards)} shards, every byte as written")
+    print(
+        f"{arguments.directory}: {manifest.num_samples} samples in {len(manifest.shards)} shards, every byte as written"
+    )
     return 0
 
 

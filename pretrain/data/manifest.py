@@ -21,7 +21,9 @@ class ShardedDataset:
         self.manifest = read_manifest(self.directory)
         self.index = np.load(self.directory / "index.npy", mmap_mode="r", allow_pickle=False)
         if self.index.dtype != INDEX_DTYPE or len(self.index) != self.manifest.num_samples:
-            raise InputError(f"{self.directory / 'index.npy'}: does not fit its manifest.json; run `dermvlp prepare` again")
+            raise InputError(
+                f"{self.directory / 'index.npy'}: does not fit its manifest.json; run `dermvlp prepare` again"
+            )
         for shard in self.manifest.shards:
             path = self.directory / shard.name
             if not path.is_file() or path.stat().st_size != shard.num_bytes:
@@ -50,7 +52,9 @@ class ShardedDataset:
             return Sample.model_validate_json(raw)
         except ValidationError as error:
             shard = self.manifest.shards[int(row["shard"])].name
-            raise InputError(f"{self.directory / shard}: sample {position} is damaged; run `dermvlp verify`: {error}") from None
+            raise InputError(
+                f"{self.directory / shard}: sample {position} is damaged; run `dermvlp verify`: {error}"
+            ) from None
 
     def _read(self, shard: int, offset: int, num_bytes: int) -> bytes:
         if shard not in self._files:

@@ -1,6 +1,6 @@
 """The reader: global batch s of the run, on this rank, prepared by worker processes a step ahead.
 
-    plan.py (which samples) -> texts.py (which texts, whose) -> shards -> transforms, tokens, masks -> Batch
+plan.py (which samples) -> texts.py (which texts, whose) -> shards -> transforms, tokens, masks -> Batch
 """
 
 from __future__ import annotations
@@ -127,7 +127,10 @@ class BatchDataset(Dataset[Batch]):
                 captions[image] = tuple(caption.text for caption in self.data.read_sample(sample).captions)
             text = captions[image][k] if k < len(captions[image]) else ""
             if text_hash(text) != int(self.data.index[sample]["text_hash"][k]):
-                raise InputError(f"{self.data.directory}: sample {sample}, caption {k} is not what index.npy says; run `dermvlp verify`")
+                raise InputError(
+                    f"{self.data.directory}: sample {sample}, caption {k} is not the text that index.npy names; "
+                    "run `dermvlp verify`"
+                )
             strings.append(text)
         return strings
 
@@ -142,7 +145,9 @@ class BatchDataset(Dataset[Batch]):
         return torch.from_numpy(order_BP[:, :-count].copy()), torch.from_numpy(order_BP[:, -count:].copy())
 
 
-def read_batches(dataset: BatchDataset, first_step: int, num_steps: int, num_workers: int, pin: bool) -> Iterator[Batch]:
+def read_batches(
+    dataset: BatchDataset, first_step: int, num_steps: int, num_workers: int, pin: bool
+) -> Iterator[Batch]:
     """Batches first_step .. num_steps - 1, in order, whatever the number of worker processes."""
     loader = DataLoader(
         dataset,

@@ -90,7 +90,7 @@ def pack(tokens: Sequence[NDArray[np.int64]], bucket_edges: Sequence[int], pad_i
         members = np.flatnonzero(bucket_of_text == bucket)
         width = int(lengths[members].max()) if trim and len(members) else 2 if trim else edge
         padded = np.full((max(1, len(members)), width), pad_id, dtype=np.int64)
-        for row, text in enumerate(members):
+        for row, text in enumerate(members.tolist()):
             padded[row, : lengths[text]] = tokens[text]
         if not len(members):
             padded[0, :] = pad_id + 1  # a dummy must have an unpadded token: attention over nothing is NaN

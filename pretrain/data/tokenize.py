@@ -36,10 +36,12 @@ class TextTokenizer:
     def _encode_uncached(self, text: str) -> NDArray[np.int64]:
         row = self._tokenizer([text], context_length=self.context_length)[0].numpy()
         if not self.can_trim:
-            return row.astype(np.int64)
+            return np.asarray(row, dtype=np.int64)
         # the ids of CLIP's tokenizer include 0 ("!"): the end is its largest id, the end token
-        length = int(row.argmax()) + 1 if self.pad_id == 0 and self._ends_with_largest else int((row != self.pad_id).sum())
-        return row[:length].astype(np.int64)
+        length = (
+            int(row.argmax()) + 1 if self.pad_id == 0 and self._ends_with_largest else int((row != self.pad_id).sum())
+        )
+        return np.asarray(row[:length], dtype=np.int64)
 
     @property
     def _ends_with_largest(self) -> bool:

@@ -62,7 +62,8 @@ def initialise_process_group(device: torch.device, config: EngineConfig) -> None
 
 def decay_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """AdamW's groups: matrices decay; vectors, scalars and position and class embeddings do not."""
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim < 2 or name.endswith(("positional_embedding", "class_embedding", "pos_embed"))
@@ -77,7 +78,9 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
 class TorchEngine:
     """Plain torch: gradients are averaged by one all_reduce after the backward. fp32, fp64, or bf16 by autocast."""
 
-    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, config: EngineConfig, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: OptimizerConfig, config: EngineConfig, device: torch.device
+    ) -> None:
         self.module = module.to(device)
         self._optimizer = build_optimizer(module, optimizer)
         self._clip = optimizer.grad_clip_norm
@@ -157,7 +160,7 @@ class DeepSpeedEngine:
     ) -> None:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed  # noqa: PLC0415  (its import reads DS_ACCELERATOR, takes seconds, and the twin needs none)
+        import deepspeed  # its import reads DS_ACCELERATOR, takes seconds, and the twin needs none
 
         if device.type == "cpu":
             # this operator is compiled for a minute at the first start; gloo does without it

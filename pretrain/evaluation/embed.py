@@ -23,7 +23,7 @@ from pretrain.data.tokenize import TextTokenizer
 from pretrain.data.transforms import EvalTransform
 from pretrain.models.dual_encoder import DualEncoder, PixelNormaliser
 from pretrain.models.towers import build_tokenizer, image_px
-from pretrain.train.checkpoint import list_checkpoints, read_meta
+from pretrain.train.checkpoint import checkpoint_config, list_checkpoints
 from pretrain.train.state import build_model
 
 _BATCH_SIZE = 64
@@ -98,10 +98,6 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
     if not checkpoints:
         raise InputError(f"{run_or_checkpoint}: no checkpoint here; train with `dermvlp train CONFIG` first")
     return checkpoints[-1]
-
-
-def checkpoint_config(checkpoint: Path) -> TrainConfig:
-    return TrainConfig.model_validate(read_meta(checkpoint)["config"])
 
 
 def _encoder(config: TrainConfig, model: DualEncoder) -> Encoder:

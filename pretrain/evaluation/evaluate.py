@@ -17,7 +17,7 @@ from pretrain.evaluation import retrieval, zero_shot
 from pretrain.evaluation.embed import Encoder
 from pretrain.evaluation.statistics import Estimate
 
-TEMPLATES_PATH = Path("configs/eval/templates.json")
+TEMPLATES_PATH = Path(__file__).parents[2] / "configs" / "eval" / "templates.json"
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ def diagnoses(*datasets: ShardedDataset) -> tuple[str, ...]:
     return tuple(sorted({name for data in datasets for name in data.manifest.samples_by_diagnosis} - {"unknown"}))
 
 
-def evaluate(
-    encoder: Encoder, data: ShardedDataset, classnames: Sequence[str], templates: Sequence[str]
-) -> Evaluation:
+def evaluate(encoder: Encoder, data: ShardedDataset, classnames: Sequence[str], templates: Sequence[str]) -> Evaluation:
     """Raises InputError when no sample has one of the classes as its diagnosis."""
     samples = [data.read_sample(position) for position in range(len(data))]
     image_ND = encoder.encode_images(data)

@@ -38,8 +38,8 @@ class Encoded:
 class DualEncoder(nn.Module):
     def __init__(self, clip: CustomTextCLIP, config: ModelConfig, needs_patches: bool) -> None:
         super().__init__()
-        self.visual = expose_tokens(clip.visual)
-        self.text = allow_trimmed(clip.text)
+        self.visual: Any = expose_tokens(clip.visual)
+        self.text: Any = allow_trimmed(clip.text)
         self.logit_scale = clip.logit_scale
         self.predictor: LatentPredictor | None = None
         self.patch_projection: nn.Module | None = None
@@ -128,7 +128,7 @@ class DualEncoder(nn.Module):
 class PixelNormaliser:
     """uint8 pixels to a tower's input. Outside the engine's module, which bf16 would round to 0.3 %."""
 
-    def __init__(self, visual: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, visual: Any, device: torch.device, dtype: torch.dtype) -> None:
         def channels(name: str) -> Tensor:
             return torch.tensor(visual.preprocess_cfg[name], dtype=torch.float32, device=device).view(1, -1, 1, 1)
 

@@ -52,6 +52,7 @@ class LatentPredictor(nn.Module):
         if grid[0] != grid[1]:
             raise InputError(f"masked_latent: needs a square patch grid, the image tower's is {grid}")
         positions = torch.from_numpy(get_2d_sincos_pos_embed(width, grid[0])).float()
+        self.position_PH: Tensor
         self.register_buffer("position_PH", positions, persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(width))
         nn.init.normal_(self.mask_token, std=0.02)

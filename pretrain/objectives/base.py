@@ -28,8 +28,9 @@ class Term:
 class Objective(Protocol):
     kind: str
     weight: float
-    needs_patches: bool
-    #: aspects of the texts it contrasts; None for an objective without texts
-    aspects: Sequence[Aspect] | None
+
+    @property
+    def aspects(self) -> Sequence[Aspect] | None:
+        """Of the texts it contrasts; None for an objective without texts."""
 
     def __call__(self, features: Features) -> Term: ...

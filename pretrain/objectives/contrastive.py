@@ -68,8 +68,6 @@ def _share_of_columns(column_NK: Tensor, num_columns: int) -> _Share:
 class Contrastive:
     """Images against the distinct texts of a term's aspects, both ways (`objectives.md`, ownership)."""
 
-    needs_patches = False
-
     def __init__(self, config: ClipObjective | MultiAspectObjective) -> None:
         self.config = config
         self.kind: str = config.kind
@@ -117,8 +115,6 @@ class Contrastive:
 class LocalAlignment:
     """Each sub-caption's region of its image against the texts (MAKE's fine-grained alignment)."""
 
-    needs_patches = True
-
     def __init__(self, config: LocalAlignmentObjective) -> None:
         self.config = config
         self.kind: str = config.kind
@@ -156,9 +152,7 @@ class LocalAlignment:
         possible = used_BK.sum() * selected_BKP.shape[2]
         return Term(loss, {"selected_fraction": (selected, possible), "mean_weight": (weight_BK.sum(), used_BK.sum())})
 
-    def _text_to_region(
-        self, features: Features, region_BKD: Tensor, weight_BK: Tensor, text_CD: Tensor
-    ) -> Tensor:
+    def _text_to_region(self, features: Features, region_BKD: Tensor, weight_BK: Tensor, text_CD: Tensor) -> Tensor:
         """Each text over the regions of images that do not own it."""
         region_NKD, weight_NK = comm.gather_with_grad(region_BKD), comm.gather(weight_BK)
         column_NK = features.batch.columns[self.kind].column_of_text[features.batch.text_NK]

@@ -12,7 +12,6 @@ from pretrain.objectives.features import Features
 
 
 class MaskedLatent:
-    needs_patches = False
     aspects = None
 
     def __init__(self, config: MaskedLatentObjective) -> None:

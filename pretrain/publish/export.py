@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
-from pretrain.evaluation.embed import checkpoint_config, find_checkpoint
+from pretrain.data.manifest import ShardedDataset
+from pretrain.evaluation.embed import Encoder, find_checkpoint
 from pretrain.models.towers import build_open_clip, read_tower_config, resolve_packages
+from pretrain.train.checkpoint import checkpoint_config
 
 _TRAINING_ONLY = ("predictor.", "patch_projection.")  # not part of the dual encoder that open_clip knows
 
@@ -55,4 +60,30 @@ def _export_hf_text(model: Any, model_cfg: dict[str, Any], out_dir: Path) -> dic
     resolved = resolve_packages(model_cfg)["text_cfg"]
     model.text.config.save_pretrained(out_dir)
     open_clip.tokenizer.HFTokenizer(resolved["hf_tokenizer_name"]).save_pretrained(out_dir)
-    return {**model_cfg["text_cfg"], "hf_model_name": str(out_dir.resolve()), "hf_tokenizer_name": str(out_dir.resolve())}
+    return {
+        **model_cfg["text_cfg"],
+        "hf_model_name": str(out_dir.resolve()),
+        "hf_tokenizer_name": str(out_dir.resolve()),
+    }
+
+
+@torch.no_grad()
+def check_export(folder: Path, encoder: Encoder, data: ShardedDataset, num_samples: int = 8) -> float:
+    """Loads the folder as any user of open_clip would; the largest difference of a feature from our own encoder's.
+
+    Images pass through open_clip's preprocessing, texts through its tokenizer, padded: the whole way, not the weights
+    alone.
+    """
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    positions = range(min(num_samples, len(data)))
+    pictures = [Image.open(io.BytesIO(data.read_image(position))).convert("RGB") for position in positions]
+    texts = [data.read_sample(position).caption for position in positions]
+    theirs = model.encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
+    ours = torch.stack([encoder.transform(data.read_image(position)) for position in positions])
+    image_BD, _ = encoder.model.encode_image(encoder.normalise(ours.to(encoder.device)))
+    text_BD = torch.from_numpy(encoder.encode_texts(texts))
+    image_difference = (theirs - image_BD.cpu()).abs().max()
+    text_difference = (model.encode_text(tokenizer(texts), normalize=True) - text_BD).abs().max()
+    return float(torch.maximum(image_difference, text_difference))

@@ -3,6 +3,7 @@
     RUN_DIR/checkpoints/step-00000500/
         meta.json          step, resolved config, data, ranks, size of every file; written last
         model.safetensors  fp32 weights of the whole module: for evaluation and export
+        model.json         the towers, as a model config: the checkpoint can be read after configs/models/ changed
         teacher.safetensors  the EMA teacher, where there is one
         engine.../           what the engine needs to go on (DeepSpeed's files, or torch_engine.pt)
 
@@ -17,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from data_prep.errors import InputError
 from pretrain.config import TrainConfig
 from pretrain.distributed import comm
 from pretrain.distributed.engine import full_tensors
+from pretrain.models.towers import read_tower_config
 from pretrain.train.step import Trainer
 
 #: what may differ between the run that wrote a checkpoint and the one that goes on: it does not change the result
@@ -74,6 +77,8 @@ def _write_shared(
     trainer: Trainer, folder: Path, model_state: dict[str, torch.Tensor], step: int, data_digest: str
 ) -> None:
     save_file(model_state, folder / "model.safetensors")
+    towers = asdict(read_tower_config(trainer.config.model.name))
+    (folder / "model.json").write_text(json.dumps(towers, indent=1), encoding="utf-8")
     if trainer.teacher is not None and trainer.ema is not None:
         save_file(_contiguous(trainer.teacher.state_dict()), folder / "teacher.safetensors")
     files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -127,8 +132,17 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     for name, size in meta["files"].items():
         file = checkpoint / name
         if not file.is_file() or file.stat().st_size != size:
-            raise InputError(f"{file}: missing or not of the size it was written with; remove {checkpoint} to resume before it")
+            raise InputError(
+                f"{file}: missing or not of the size it was written with; remove {checkpoint} to resume before it"
+            )
     return meta
+
+
+def checkpoint_config(checkpoint: Path) -> TrainConfig:
+    """The config that a checkpoint was written with, its towers read from the checkpoint itself, weights untouched."""
+    config = TrainConfig.model_validate(read_meta(checkpoint)["config"])
+    towers = {"name": str(checkpoint / "model.json"), "pretrained": None, "image_weights": None}
+    return config.model_copy(update={"model": config.model.model_copy(update=towers)})
 
 
 def resume(trainer: Trainer, data_digest: str) -> int:
@@ -147,6 +161,8 @@ def resume(trainer: Trainer, data_digest: str) -> int:
 
 def _refuse_other_run(config: TrainConfig, meta: dict[str, Any], data_digest: str, checkpoint: Path) -> None:
     ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(meta["config"])
+    ours |= _flatten(asdict(read_tower_config(config.model.name)), "towers")
+    theirs |= _flatten(json.loads((checkpoint / "model.json").read_text(encoding="utf-8")), "towers")
     differences = [
         f"  {key}: {theirs.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
         for key in sorted(ours.keys() | theirs.keys())
@@ -158,7 +174,9 @@ def _refuse_other_run(config: TrainConfig, meta: dict[str, Any], data_digest: st
             + "\n".join(differences)
         )
     if meta["data_digest"] != data_digest:
-        raise InputError(f"{checkpoint}: {config.data.train_dir} holds other samples than the run began with; choose another run_dir")
+        raise InputError(
+            f"{checkpoint}: {config.data.train_dir} holds other samples than the run began with; choose another run_dir"
+        )
     if meta["num_ranks"] != comm.world_size():
         raise InputError(f"{checkpoint}: written by {meta['num_ranks']} ranks, now {comm.world_size()}; start as many")
 

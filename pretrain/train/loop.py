@@ -72,9 +72,13 @@ def train(config: TrainConfig) -> Path:
                 },
             )
             if not math.isfinite(values["loss"]):
-                raise FloatingPointError(f"step {done}: the loss is {values['loss']}; lower optimizer.lr or resume earlier")
+                raise FloatingPointError(
+                    f"step {done}: the loss is {values['loss']}; lower optimizer.lr or resume earlier"
+                )
             if values.get("local_alignment/selected_fraction") == 0.0:
-                log.say("warning: local_alignment selects no patch (sigma too high for these towers?) and learns nothing")
+                log.say(
+                    "warning: local_alignment selects no patch (sigma too high for these towers?) and learns nothing"
+                )
             logged_at, logged_step, waited_s = time.monotonic(), done, 0.0
         if done % config.checkpoint_every == 0 or done == config.num_steps:
             save_checkpoint(trainer, done, digest)

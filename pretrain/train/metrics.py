@@ -73,7 +73,9 @@ class MetricsLog:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        losses = "  ".join(f"{name.removeprefix('loss/')} {value:.3f}" for name, value in values.items() if name.startswith("loss"))
+        losses = "  ".join(
+            f"{name.removeprefix('loss/')} {value:.3f}" for name, value in values.items() if name.startswith("loss")
+        )
         rate = (step - self._first_step) / (time.monotonic() - self._started)
         left_s = (self._num_steps - step) / max(rate, 1e-9)
         line = f"step {step}/{self._num_steps}  {losses}  {values['samples_per_s']:.0f} samples/s"
@@ -84,7 +86,9 @@ class MetricsLog:
 
     def say(self, message: str) -> None:
         if self._is_main:
-            (self._bar.console.print if self._bar is not None else lambda m: print(m, file=sys.stderr, flush=True))(message)
+            (self._bar.console.print if self._bar is not None else lambda m: print(m, file=sys.stderr, flush=True))(
+                message
+            )
 
     def close(self) -> None:
         if self._is_main:

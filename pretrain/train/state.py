@@ -76,9 +76,7 @@ def build_trainer(config: TrainConfig, device: torch.device) -> tuple[Trainer, B
     model, teacher = build_model(config)
     reader = build_reader(config, model, build_tokenizer(config.model, model.text))
     model.train()
-    engine = build_engine(
-        model, config.optimizer, config.engine, config.global_batch_size // comm.world_size(), device
-    )
+    engine = build_engine(model, config.optimizer, config.engine, config.global_batch_size // comm.world_size(), device)
     dtype = model.logit_scale.dtype
     masked = find_masked_latent(config.objectives)
     trainer = Trainer(

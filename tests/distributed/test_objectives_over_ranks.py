@@ -32,7 +32,9 @@ def losses_and_gradients() -> dict[str, Tensor]:
     result |= {"images": case.images.grad, "patches": case.patches.grad, "scale": case.scale.grad}
     result |= {f"text {string}": case.texts[string].grad for string in strings}
     return {
-        name: value / (1 if name in ASPECTS else comm.world_size()) for name, value in result.items() if value is not None
+        name: value / (1 if name in ASPECTS else comm.world_size())
+        for name, value in result.items()
+        if value is not None
     }
 
 

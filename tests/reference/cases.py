@@ -16,11 +16,24 @@ from pretrain.models.dual_encoder import Encoded
 
 #: ragged: no diagnosis, no sub-caption, one string for two images, one string under two aspects of one image
 CAPTIONS: list[list[tuple[str, str]]] = [
-    [("caption", "w0"), ("diagnosis", "melanoma"), ("visual_concepts", "black"), ("morphology", "m0"), ("history", "h0")],
+    [
+        ("caption", "w0"),
+        ("diagnosis", "melanoma"),
+        ("visual_concepts", "black"),
+        ("morphology", "m0"),
+        ("history", "h0"),
+    ],
     [("caption", "w1"), ("diagnosis", "melanoma"), ("morphology", "m0"), ("body_site", "b1"), ("symptoms", "s1")],
     [("caption", "w2"), ("visual_concepts", "black"), ("morphology", "m2"), ("other", "w2")],
     [("caption", "w0"), ("diagnosis", "nevus")],
-    [("caption", "w4"), ("diagnosis", "nevus"), ("body_site", "b1"), ("management", "t4"), ("history", "h4"), ("other", "o4")],
+    [
+        ("caption", "w4"),
+        ("diagnosis", "nevus"),
+        ("body_site", "b1"),
+        ("management", "t4"),
+        ("history", "h4"),
+        ("other", "o4"),
+    ],
     [("caption", "w5"), ("diagnosis", "eczema"), ("symptoms", "s1"), ("impression", "eczema")],
     [("caption", "w6"), ("management", "t6")],
     [("caption", "w7"), ("diagnosis", "melanoma"), ("history", "h0"), ("history", "h7")],

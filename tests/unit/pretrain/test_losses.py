@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import open_clip
 import pytest
 import torch
@@ -93,7 +92,9 @@ def test_clip_equals_open_clip_with_one_distinct_caption_an_image() -> None:
     mine = ours(case, ClipObjective(), captions)
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     for a, b in zip(
-        torch.autograd.grad(mine, [case.images, case.scale]), torch.autograd.grad(theirs, [case.images, case.scale])
+        torch.autograd.grad(mine, [case.images, case.scale]),
+        torch.autograd.grad(theirs, [case.images, case.scale]),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 

@@ -1,0 +1,165 @@
+"""`dermvlp demo`: the whole way once, from raw pairs to an evaluated, exported checkpoint and a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.config import PrepareConfig, load_config
+from data_prep.errors import InputError
+from data_prep.prepare import prepare
+from data_prep.schema import ShardManifest
+from data_prep.summary import print_summary
+from pretrain.config import TrainConfig
+from pretrain.data.manifest import ShardedDataset
+from pretrain.evaluation.embed import Encoder, load_encoder, untrained_encoder
+from pretrain.evaluation.evaluate import TEMPLATES_PATH, Evaluation, diagnoses, evaluate, print_table, write_json
+from pretrain.evaluation.gallery import gallery
+from pretrain.evaluation.report import MetricRow, ReportData, plot_losses, write_report
+from pretrain.evaluation.zero_shot import load_templates
+from pretrain.publish.export import check_export, export
+from pretrain.train.launch import launch
+from pretrain.train.metrics import read_metrics
+
+_RECIPES = Path(__file__).parents[1] / "configs" / "pretrain"
+_LIMITS = (
+    "A demonstration on two CPU cores: small towers, few steps, one seed. The numbers show that the whole way works, "
+    "not what the method can do.",
+    "Not a medical device, and not fit for any decision about a person.",
+    "Intervals are percentile bootstraps over lesions or patients; they do not cover another training run.",
+)
+
+
+class _Stages:
+    """Says what runs and how long it took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        print(f"\n== {name}", flush=True)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+        print(f"== {name}: {self.seconds[name]:.1f} s", flush=True)
+
+
+def demo(source: str, recipe: str | None, out_dir: Path) -> int:
+    """Prints stages, a table before / after and, as the last line, one JSON object. Returns the exit status."""
+    started = time.monotonic()
+    torch.set_num_threads(os.cpu_count() or 1)
+    data_config = load_config(source, [], PrepareConfig)
+    is_synthetic = data_config.source.kind == "synthetic"
+    recipe = recipe or str(_RECIPES / ("demo_synthetic.yaml" if is_synthetic else "demo_real.yaml"))
+    run_dir = out_dir / data_config.name
+    train_dir, val_dir = data_config.out_dir / "train", data_config.out_dir / "val"
+    overrides = [f"run_dir={run_dir}", f"data.train_dir={train_dir}", f"data.val_dir={val_dir}"]
+    config = load_config(recipe, overrides, TrainConfig)
+    print(f"{data_config.name}{' (synthetic images and captions, not medical data)' if is_synthetic else ''}, {recipe}")
+
+    stage = _Stages()
+    with stage("prepare"):
+        manifests = prepare(data_config)
+        print_summary(data_config.out_dir, manifests, time.monotonic() - started)
+    if "val" not in manifests:
+        raise InputError(f"{source}: no sample is in the split `val`, so nothing can be evaluated; set val_fraction")
+    train_data, val_data = ShardedDataset(train_dir), ShardedDataset(val_dir)
+    classnames = diagnoses(train_data, val_data)
+    templates = load_templates(TEMPLATES_PATH)
+    with stage("evaluate before training"):
+        before = evaluate(untrained_encoder(config), val_data, classnames, templates)
+    with stage("train"):
+        if status := launch(recipe, overrides):
+            return status
+        losses = loss_curves(run_dir)
+        plot_losses(losses, run_dir / "loss_curves.png")
+    with stage("evaluate after training"):
+        encoder = load_encoder(run_dir)
+        after = evaluate(encoder, val_data, classnames, templates)
+        write_json(run_dir / "evaluation.json", after)
+    with stage("export"):
+        folder = export(run_dir, run_dir / "export")
+        difference = check_export(folder, encoder, val_data)
+        print(f"{folder}: open_clip loads it; largest difference of a feature {difference:.1e}")
+    with stage("report"):
+        report_path = run_dir / "report.html"
+        data = _report(config, manifests, before, after, stage.seconds, losses, encoder, val_data, is_synthetic)
+        write_report(report_path, data)
+    print()
+    print_table(after, before)
+    print(json.dumps(_result(before, after, time.monotonic() - started, report_path)))
+    return 0
+
+
+def _result(before: Evaluation, after: Evaluation, seconds: float, report: Path) -> dict[str, Any]:
+    return {
+        "zero_shot_before": round(before.zero_shot["balanced_accuracy"].value, 4),
+        "zero_shot_after": round(after.zero_shot["balanced_accuracy"].value, 4),
+        "retrieval_before": round(before.retrieval["mean_recall"].value, 4),
+        "retrieval_after": round(after.retrieval["mean_recall"].value, 4),
+        "num_classes": len(after.classnames),
+        "num_test": after.num_labelled,
+        "seconds": round(seconds, 1),
+        "report": str(report),
+    }
+
+
+def loss_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """The run's losses by objective, then its temperature and learning rate, by step."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    names = [name for name in records[-1] if name.startswith("loss")] + ["logit_scale", "lr"]
+    return {name.removeprefix("loss/"): [(int(r["step"]), float(r[name])) for r in records] for name in names}
+
+
+def _report(
+    config: TrainConfig,
+    manifests: dict[str, ShardManifest],
+    before: Evaluation,
+    after: Evaluation,
+    stages_s: dict[str, float],
+    losses: dict[str, list[tuple[int, float]]],
+    encoder: Encoder,
+    val_data: ShardedDataset,
+    is_synthetic: bool,
+) -> ReportData:
+    train = manifests["train"]
+    num_parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
+    facts = {
+        "data": f"{train.dataset}: {train.num_samples} training, {manifests['val'].num_samples} validation samples",
+        "licences": ", ".join(f"{name} {count}" for name, count in train.samples_by_licence.items()),
+        "rejected rows": str(sum(manifest.num_rejected for manifest in manifests.values())),
+        "sub-captions by": train.decomposer,
+        "towers": f"{config.model.name}, {num_parameters / 1e6:.1f} M parameters",
+        "objectives": ", ".join(f"{objective.kind} x {objective.weight:g}" for objective in config.objectives),
+        "steps": f"{config.num_steps} of {config.global_batch_size} images",
+        "engine": f"{config.engine.kind}, ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
+        f"{config.launch.num_ranks} rank(s), CPU"
+        if not torch.cuda.is_available()
+        else config.engine.kind,
+    }
+    rows = [
+        MetricRow(name, value, earlier[name], after.chance.get(name), is_share="median_rank" not in name)
+        for values, earlier in ((after.zero_shot, before.zero_shot), (after.retrieval, before.retrieval))
+        for name, value in values.items()
+    ]
+    return ReportData(
+        title=f"dermvlp demo: {train.dataset}",
+        subtitle="Synthetic images and captions, drawn by a program: not medical data." if is_synthetic else "",
+        facts=facts,
+        stages_s=stages_s,
+        metrics=tuple(rows),
+        losses=losses,
+        per_class_recall=after.per_class_recall,
+        confusion=after.confusion,
+        classnames=after.classnames,
+        gallery=gallery(encoder, val_data, after, config),
+        limits=_LIMITS,
+    )

@@ -1,0 +1,52 @@
+"""A few samples as the model sees them: the image, its texts with their weights, the most probable classes."""
+
+from __future__ import annotations
+
+import torch
+
+from data_prep.schema import SUBCAPTION_ASPECTS, Aspect
+from pretrain.config import DiagnosisWeights, MultiAspectObjective, TrainConfig
+from pretrain.data.manifest import ShardedDataset
+from pretrain.evaluation.embed import Encoder
+from pretrain.evaluation.evaluate import Evaluation
+from pretrain.evaluation.report import GalleryCaption, GalleryItem
+from pretrain.losses.weights import diagnosis_guided
+
+
+def gallery(
+    encoder: Encoder, data: ShardedDataset, evaluation: Evaluation, config: TrainConfig, num_items: int = 8
+) -> tuple[GalleryItem, ...]:
+    """Samples of different classes, spread over the split."""
+    multi_aspect = next((o for o in config.objectives if isinstance(o, MultiAspectObjective)), None)
+    guided = DiagnosisWeights() if multi_aspect is None else multi_aspect.diagnosis_weights
+    return tuple(_item(encoder, data, position, evaluation, guided) for position in _positions(data, num_items))
+
+
+def _positions(data: ShardedDataset, num_items: int) -> list[int]:
+    """The first sample of each diagnosis, in the order of the split; more of them where there are few diagnoses."""
+    seen: dict[str | None, list[int]] = {}
+    for position in range(len(data)):
+        seen.setdefault(data.read_sample(position).diagnosis, []).append(position)
+    rounds = max(len(positions) for positions in seen.values())
+    in_turn = [positions[turn] for turn in range(rounds) for positions in seen.values() if turn < len(positions)]
+    return in_turn[:num_items]
+
+
+def _item(
+    encoder: Encoder, data: ShardedDataset, position: int, evaluation: Evaluation, guided: DiagnosisWeights | None
+) -> GalleryItem:
+    sample = data.read_sample(position)
+    aspects = [caption.aspect for caption in sample.captions]
+    weights: list[float | None] = [None] * len(aspects)
+    if guided is not None and Aspect.DIAGNOSIS in aspects:
+        text_1KD = torch.from_numpy(encoder.encode_texts([caption.text for caption in sample.captions])).unsqueeze(0)
+        is_subcaption = torch.tensor([[aspect in SUBCAPTION_ASPECTS for aspect in aspects]])
+        diagnosis_1D = text_1KD[:, aspects.index(Aspect.DIAGNOSIS)]
+        values = diagnosis_guided(text_1KD, diagnosis_1D, torch.tensor([True]), is_subcaption, guided.temperature)
+        weights = [float(value) for value in values[0]]
+    captions = tuple(
+        GalleryCaption(str(caption.aspect), caption.text, weight)
+        for caption, weight in zip(sample.captions, weights, strict=True)
+    )
+    predictions = tuple(evaluation.top_predictions.get(position, ()))
+    return GalleryItem(data.read_image(position), sample.diagnosis, captions, predictions)
