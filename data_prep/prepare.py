@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import secrets
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -20,14 +21,16 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from data_prep.captions.decompose import Decomposer, make_decomposer
-from data_prep.config import PrepareConfig
+from data_prep.config import PrepareConfig, SyntheticSource
 from data_prep.errors import InputError
 from data_prep.images import EncodedImage, ImageRejected, encode_image, load_image
 from data_prep.ontology import Ontology, concepts_caption, diagnosis_caption
 from data_prep.progress import Progress
-from data_prep.schema import MAX_CAPTIONS, Aspect, Caption, Sample, ShardManifest
-from data_prep.shards import ShardRecord, read_record, write_manifest, write_shard
+from data_prep.schema import SCHEMA_VERSION, Aspect, Caption, Sample, ShardManifest, text_hash
+from data_prep.shards import ShardRecord, read_record, write_ledger, write_manifest, write_shard
 from data_prep.sources import open_source
 from data_prep.sources.base import Rejection, SourceRow
 from data_prep.sources.synthetic import draw
@@ -54,6 +57,7 @@ def prepare(config: PrepareConfig) -> dict[str, ShardManifest]:
     source = open_source(config.source)
     config.out_dir.mkdir(parents=True, exist_ok=True)
     salt = _salt(config.out_dir)
+    _ontology(config.ontology_path)  # refused here, before a model is asked and paid
     decomposer = _decomposer(config.model_dump_json())
     if config.decomposer.kind == "llm":
         decomposer.prepare(row.caption for row in source.rows() if isinstance(row, SourceRow) and row.caption)
@@ -65,37 +69,54 @@ def prepare(config: PrepareConfig) -> dict[str, ShardManifest]:
     manifests = {}
     for split in SPLITS:
         ordered = [records[split][number] for number in sorted(records[split])]
-        if any(record.info.num_samples for record in ordered):
-            manifests[split] = _finish_split(config, split, ordered, decomposer.name)
+        if (manifest := _finish_split(config, split, ordered, decomposer.name)) is not None:
+            manifests[split] = manifest
     if "train" not in manifests:
         reasons = Counter(rejected.reason for part in records["train"].values() for rejected in part.rejected)
-        raise InputError(f"{config.name}: no row became a training sample; reasons: {dict(reasons.most_common(3))}")
+        raise InputError(
+            f"{config.name}: no row became a training sample; commonest reasons: {dict(reasons.most_common(3))}; "
+            f"all of them are in {config.out_dir / 'train' / 'rejected.csv'}"
+        )
     return manifests
 
 
-def _finish_split(config: PrepareConfig, split: str, records: list[ShardRecord], decomposer: str) -> ShardManifest:
+def _finish_split(
+    config: PrepareConfig, split: str, records: list[ShardRecord], decomposer: str
+) -> ShardManifest | None:
+    """Ledger, then index and manifest (None where no row became a sample); earlier preparations' files go."""
     directory = config.out_dir / split
-    manifest = write_manifest(
-        directory,
-        records,
-        dataset=config.name,
-        split=split,
-        image_short_side=config.images.short_side_px,
-        decomposer=decomposer,
-        config_digest=config_digest(config),
-    )
-    listed = {shard.name for shard in manifest.shards}
-    for stale in directory.glob("shard-*.tar"):
-        if stale.name not in listed:  # of an earlier preparation with other settings
-            stale.unlink()
-            stale.with_suffix(".json").unlink(missing_ok=True)
+    write_ledger(directory, records)
+    manifest = None
+    if any(record.info.num_samples for record in records):
+        manifest = write_manifest(
+            directory,
+            records,
+            dataset=config.name,
+            split=split,
+            image_short_side=config.images.short_side_px,
+            decomposer=decomposer,
+            config_digest=config_digest(config),
+        )
+    else:
+        (directory / "manifest.json").unlink(missing_ok=True)
+        (directory / "index.npy").unlink(missing_ok=True)
+    written = {record.info.name for record in records}
+    for path in directory.glob("shard-*"):
+        if path.suffix == ".partial" or path.with_suffix(".tar").name not in written:
+            path.unlink()
     return manifest
 
 
 def config_digest(config: PrepareConfig) -> str:
-    """Of everything that shapes a sample: not where it goes, nor by how many processes."""
-    relevant = config.model_dump_json(exclude={"out_dir", "num_workers", "source"})
-    return hashlib.sha256(relevant.encode()).hexdigest()[:16]
+    """Of the settings and the ontology that shape a sample: not where it goes, nor by how many processes.
+
+    The source's rows and what the decomposer made of them are in the digest of each shard's inputs.
+    """
+    relevant = config.model_dump_json(exclude={"out_dir", "num_workers", "source", "decomposer", "ontology_path"})
+    digest = hashlib.sha256(f"{SCHEMA_VERSION} {relevant}".encode())
+    if config.ontology_path is not None:
+        digest.update(config.ontology_path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------- rows to slices
@@ -103,6 +124,7 @@ def config_digest(config: PrepareConfig) -> str:
 
 def _slices(config: PrepareConfig, rows: Iterable[SourceRow | Rejection]) -> Iterator[_Slice]:
     """Consecutive rows of a split, `samples_per_shard` at a time, as they stream by."""
+    groups: dict[str, set[int]] = {split: set() for split in SPLITS}
     open_slices = {split: _Slice(split, 0) for split in SPLITS}
     for row in rows:
         if isinstance(row, Rejection):
@@ -110,31 +132,54 @@ def _slices(config: PrepareConfig, rows: Iterable[SourceRow | Rejection]) -> Ite
             continue
         current = open_slices[split := assign_split(config, row)]
         current.rows.append(row)
+        if row.group is not None:
+            groups[split].add(text_hash(row.group))
         if len(current.rows) == config.samples_per_shard:
             yield current
             open_slices[split] = _Slice(split, current.number + 1)
     for current in open_slices.values():
         if current.rows or current.rejected:
             yield current
+    if shared := groups["train"] & groups["val"]:
+        log.warning(
+            "%s: the source's own split has %d of %d groups (patients, lesions, videos, ...) on both sides, so val "
+            "flatters; without a split in the source whole groups are put on one side",
+            config.name,
+            len(shared),
+            len(groups["train"] | groups["val"]),
+        )
 
 
 def assign_split(config: PrepareConfig, row: SourceRow) -> str:
     """The source's own split, else by the hash of the group: stable when rows are added, whole groups on one side."""
     if row.split is not None:
         return row.split
-    group = row.group or (str(row.image.path) if row.image.path else f"{row.table}:{row.row}")
-    digest = hashlib.blake2b(group.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(_group_for_split(config, row).encode(), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "little") / 2**64 < config.val_fraction else "train"
+
+
+def _group_for_split(config: PrepareConfig, row: SourceRow) -> str:
+    """The group; without one the image, by its name below the image folder: the same wherever that folder stands."""
+    if row.group is not None:
+        return row.group
+    if row.image.path is None or isinstance(config.source, SyntheticSource):
+        return f"{row.table}:{row.row}"
+    return row.image.path.relative_to(config.source.image_dir).as_posix()
 
 
 def _salt(out_dir: Path) -> str:
     """Keeps patient ids from being found by hashing guesses: DERMVLP_SALT, or a secret made once beside the shards."""
-    if "DERMVLP_SALT" in os.environ:
-        return os.environ["DERMVLP_SALT"]
+    if (salt := os.environ.get("DERMVLP_SALT")) is not None:
+        if not salt.strip():
+            raise InputError("DERMVLP_SALT: set but empty, so group ids could be guessed; unset it or give a secret")
+        return salt
     path = out_dir / ".salt"
     if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(16), encoding="utf-8")
+        # renamed: a process killed in between must not leave an empty salt for good
+        partial = out_dir / ".salt.partial"
+        partial.touch(mode=0o600)
+        partial.write_text(secrets.token_hex(16), encoding="utf-8")
+        partial.replace(path)
     return path.read_text(encoding="utf-8")
 
 
@@ -147,7 +192,7 @@ def _run(config: PrepareConfig, slices: Iterator[_Slice], salt: str) -> Iterator
         (config.out_dir / split).mkdir(exist_ok=True)
     config_json = config.model_dump_json()
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(config.num_workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(config.num_workers, mp_context=context, initializer=_end_with_parent) as pool:
         running: dict[Future[ShardRecord], _Slice] = {}
         try:
             for piece in slices:
@@ -167,6 +212,19 @@ def _finished(running: dict[Future[ShardRecord], _Slice]) -> Iterator[tuple[_Sli
         yield running.pop(future), future.result()
 
 
+def _end_with_parent() -> None:
+    """In a worker process: a killed parent cannot end its workers, which would wait for work for ever, and first
+    finish the shard that the next preparation is writing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @lru_cache(1)
 def _decomposer(config_json: str) -> Decomposer:
     config = PrepareConfig.model_validate_json(config_json)
@@ -183,7 +241,7 @@ def _build_shard(config_json: str, piece: _Slice, salt: str) -> ShardRecord:
     config = PrepareConfig.model_validate_json(config_json)
     decomposer, ontology = _decomposer(config_json), _ontology(config.ontology_path)
     path = config.out_dir / piece.split / f"shard-{piece.number:06d}.tar"
-    digest = _inputs_digest(config, piece, salt, decomposer.name)
+    digest = _inputs_digest(config, piece, salt, decomposer)
     if (record := read_record(path, digest)) is not None:
         return record
     rejected, notes = list(piece.rejected), Counter[str]()
@@ -192,19 +250,31 @@ def _build_shard(config_json: str, piece: _Slice, salt: str) -> ShardRecord:
         for row in piece.rows:
             try:
                 image = read_image(row, config)
+                sample = make_sample(config, row, image, ontology, decomposer, salt, notes)
             except ImageRejected as problem:
                 rejected.append(Rejection(row.table, row.row, "image", str(problem)))
-                continue
-            yield make_sample(config, row, image, ontology, decomposer, salt, notes), image.jpeg
+            except ValidationError as problem:
+                rejected.append(Rejection(row.table, row.row, *_first_problem(problem)))
+            else:
+                yield sample, image.jpeg
 
     made = list(samples())
     return write_shard(path, made, rejected, digest, dict(+notes))
 
 
-def _inputs_digest(config: PrepareConfig, piece: _Slice, salt: str, decomposer: str) -> str:
-    digest = hashlib.sha256(f"{config_digest(config)} {decomposer} {salt}".encode())
+def _first_problem(error: ValidationError) -> tuple[str, str]:
+    """Field and reason, without the value: it is the patient's, and the ledger is shared."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return ".".join([error.title.lower(), *map(str, problem["loc"])]), problem["msg"].removeprefix("Value error, ")
+
+
+def _inputs_digest(config: PrepareConfig, piece: _Slice, salt: str, decomposer: Decomposer) -> str:
+    digest = hashlib.sha256(f"{config_digest(config)} {decomposer.name} {salt}".encode())
     for row in piece.rows:
         digest.update(repr(row).encode())
+        if config.decomposer.kind == "llm" and row.caption is not None:
+            # a caption without an answer is asked again in the next run, which may bring one
+            digest.update(repr(decomposer.decompose(row.caption)).encode())
         if row.image.path is not None and row.image.path.exists():
             status = row.image.path.stat()
             digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
@@ -233,7 +303,7 @@ def make_sample(
     """One row and its image to a sample: captions of every aspect, groups hashed, nothing else of the row."""
     assert row.caption is not None  # sources reject rows without words
     captions = [Caption(aspect=Aspect.CAPTION, text=row.caption)]
-    diagnosis_path = row.diagnosis_path
+    diagnosis_path = row.diagnosis_path if ontology is None else ontology.canonical_path(row.diagnosis_path)
     if row.diagnosis is not None:
         node = ontology.match(row.diagnosis) if ontology is not None else None
         if not diagnosis_path and ontology is not None and node is not None:
@@ -248,7 +318,7 @@ def make_sample(
     notes["caption the model could not split"] += int(decomposition.failure is not None)
     return Sample(
         key=f"{config.name}-{row.row:09d}" if row.split is None else f"{config.name}-{row.split}-{row.row:09d}",
-        captions=tuple(captions[:MAX_CAPTIONS]),
+        captions=tuple(captions),
         diagnosis=row.diagnosis,
         diagnosis_path=diagnosis_path,
         concepts=row.concepts,

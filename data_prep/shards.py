@@ -4,7 +4,7 @@ In the tar each sample is `KEY.jpg`, `KEY.json` (the whole Sample) and `KEY.txt`
 open_clip's loader and any WebDataset reader can train on the same shards.
 
 A shard is written to `NAME.partial` and renamed, with a sidecar `NAME.json` that says what went into it; the
-manifest comes last. So a killed preparation leaves no torn shard, and the next one goes on behind the last whole one.
+manifest comes last. So a killed preparation leaves no torn shard, and the next one makes those that are missing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 import tarfile
 from collections import Counter
@@ -72,10 +71,13 @@ def write_shard(
     inputs_digest: str,
     notes: dict[str, int] | None = None,
 ) -> ShardRecord:
-    """Samples with their JPEG bytes to one tar and its sidecar."""
+    """Samples with their JPEG bytes to one tar and its sidecar; the sidecar alone where there is no sample."""
     rows: list[list[int]] = []
     diagnoses: Counter[str] = Counter()
     licences: Counter[str] = Counter()
+    # from here on neither the old sidecar nor the old manifest describes what stands in the folder
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.with_name("manifest.json").unlink(missing_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -103,7 +105,11 @@ def write_shard(
         rejected=[RejectionRecord(**asdict(rejection)) for rejection in rejected],
         notes=notes or {},
     )
-    partial.replace(path)
+    if rows:
+        partial.replace(path)
+    else:
+        partial.unlink()
+        path.unlink(missing_ok=True)
     write_atomically(path.with_suffix(".json"), record.model_dump_json().encode())
     return record
 
@@ -126,16 +132,19 @@ def file_sha256(path: Path) -> str:
 
 
 def read_record(shard_path: Path, inputs_digest: str) -> ShardRecord | None:
-    """The sidecar of a shard that is already whole and made from the same inputs, else None."""
-    sidecar = shard_path.with_suffix(".json")
-    if not (sidecar.is_file() and shard_path.is_file()):
-        return None
+    """The sidecar of a shard that was made from the same inputs and is whole, else None.
+
+    Reads the shard's bytes, so that preparing again mends what `verify` complains of.
+    """
     try:
-        record = ShardRecord.model_validate_json(sidecar.read_bytes())
-    except ValueError:
+        record = ShardRecord.model_validate_json(shard_path.with_suffix(".json").read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
-    same = record.inputs_digest == inputs_digest and shard_path.stat().st_size == record.info.num_bytes
-    return record if same else None
+    if record.inputs_digest != inputs_digest:
+        return None
+    if record.info.num_samples == 0:
+        return record
+    return record if shard_path.is_file() and file_sha256(shard_path) == record.info.sha256 else None
 
 
 def write_manifest(
@@ -148,8 +157,7 @@ def write_manifest(
     decomposer: str,
     config_digest: str,
 ) -> ShardManifest:
-    """`rejected.csv`, `index.npy`, then `manifest.json`: each whole or absent. Shards without a sample are left out."""
-    rejected = [rejection for record in records for rejection in record.rejected]
+    """`index.npy`, then `manifest.json`: each whole or absent. Shards without a sample are left out."""
     kept = [record for record in records if record.info.num_samples]
     index = np.zeros(sum(record.info.num_samples for record in kept), dtype=INDEX_DTYPE)
     num_slots = INDEX_DTYPE["text_hash"].shape[0]
@@ -177,11 +185,10 @@ def write_manifest(
         captions_by_aspect={a: by_code[c] for a, c in ASPECT_CODE.items() if by_code.get(c)},
         samples_by_diagnosis=_total(record.diagnoses for record in kept),
         samples_by_licence=_total(record.licences for record in kept),
-        num_rejected=len(rejected),
+        num_rejected=sum(len(record.rejected) for record in records),
         decomposer=decomposer,
         config_digest=config_digest,
     )
-    write_atomically(directory / "rejected.csv", _ledger(rejected))
     write_atomically(directory / "index.npy", buffer.getvalue())
     write_atomically(directory / "manifest.json", manifest.model_dump_json(indent=1).encode())
     return manifest
@@ -194,12 +201,13 @@ def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def _ledger(rejected: Sequence[RejectionRecord]) -> bytes:
+def write_ledger(directory: Path, records: Sequence[ShardRecord]) -> None:
+    """`rejected.csv`: one line for each row of the source that did not become a sample."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["table", "row", "field", "reason"])
-    writer.writerows([r.table, r.row, r.field, r.reason] for r in rejected)
-    return text.getvalue().encode()
+    writer.writerows([r.table, r.row, r.field, r.reason] for record in records for r in record.rejected)
+    write_atomically(directory / "rejected.csv", text.getvalue().encode())
 
 
 def verify(directory: Path) -> ShardManifest:
@@ -207,7 +215,10 @@ def verify(directory: Path) -> ShardManifest:
     path = directory / "manifest.json"
     if not path.is_file():
         raise InputError(f"{path}: no manifest here; make the shards with `dermvlp prepare CONFIG`")
-    manifest = ShardManifest.model_validate(json.loads(path.read_bytes()))
+    try:
+        manifest = ShardManifest.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not a manifest ({error}); run `dermvlp prepare` again") from None
     expected = {shard.name: shard.sha256 for shard in manifest.shards} | {"index.npy": manifest.index_sha256}
     for name, sha256 in expected.items():
         if not (directory / name).is_file() or file_sha256(directory / name) != sha256:

@@ -23,7 +23,7 @@ def print_summary(out_dir: Path, manifests: Mapping[str, ShardManifest], seconds
         for reason, count in rejected_by_reason(out_dir / split).most_common():
             print(f"  rejected {count}: {reason}")
         if manifest.num_rejected:
-            print(f"  every rejected row: {out_dir / split / 'rejected.csv'}")
+            print(f"  every rejected row, to repair or to leave out: {out_dir / split / 'rejected.csv'}")
     print(f"{seconds:.1f} s, in {out_dir}")
 
 

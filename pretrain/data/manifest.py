@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from pydantic import ValidationError
 from data_prep.errors import InputError
 from data_prep.schema import INDEX_DTYPE, SCHEMA_VERSION, Sample, ShardManifest
 
+_MAX_OPEN_SHARDS = 64  # by process; the usual limit of a process is 1,024 files, a large set has more shards
+
 
 class ShardedDataset:
     """Random access to the samples of one split. Cheap to send to another process; opens shards when first read."""
@@ -19,22 +23,39 @@ class ShardedDataset:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
-        self.index = np.load(self.directory / "index.npy", mmap_mode="r", allow_pickle=False)
-        if self.index.dtype != INDEX_DTYPE or len(self.index) != self.manifest.num_samples:
-            raise InputError(
-                f"{self.directory / 'index.npy'}: does not fit its manifest.json; run `dermvlp prepare` again"
-            )
+        self.index = self._map_index()
         for shard in self.manifest.shards:
             path = self.directory / shard.name
             if not path.is_file() or path.stat().st_size != shard.num_bytes:
                 raise InputError(f"{path}: missing or not of the size in manifest.json; run `dermvlp prepare` again")
-        self._files: dict[int, int] = {}
+        self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return self.manifest.num_samples
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": {}}
+        # a pickled memory map would be a copy of the whole index
+        return {"directory": self.directory, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.index = self._map_index()
+        self._files = OrderedDict()
+
+    def _map_index(self) -> NDArray[np.void]:
+        path = self.directory / "index.npy"
+        try:
+            index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); run `dermvlp prepare` again") from None
+        if index.dtype != INDEX_DTYPE or len(index) != self.manifest.num_samples:
+            raise InputError(f"{path}: does not fit its manifest.json; run `dermvlp prepare` again")
+        return index
+
+    @property
+    def digest(self) -> str:
+        """Names the samples and their order: equal digests mean equal batches."""
+        return hashlib.sha256(f"{SCHEMA_VERSION}:{self.manifest.index_sha256}".encode()).hexdigest()[:16]
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
@@ -57,9 +78,16 @@ class ShardedDataset:
             ) from None
 
     def _read(self, shard: int, offset: int, num_bytes: int) -> bytes:
+        path = self.directory / self.manifest.shards[shard].name
         if shard not in self._files:
-            self._files[shard] = os.open(self.directory / self.manifest.shards[shard].name, os.O_RDONLY)
-        return os.pread(self._files[shard], num_bytes, offset)
+            if len(self._files) >= _MAX_OPEN_SHARDS:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(path, os.O_RDONLY)
+        self._files.move_to_end(shard)
+        content = os.pread(self._files[shard], num_bytes, offset)
+        if len(content) != num_bytes:
+            raise InputError(f"{path}: ends before byte {offset + num_bytes}; run `dermvlp prepare` again")
+        return content
 
 
 def read_manifest(directory: Path) -> ShardManifest:

@@ -41,7 +41,7 @@ def _add_blocks(mask: NDArray[np.bool_], wanted: int, config: BlockMask, random:
         area = random.uniform(config.min_num_patches, missing)
         aspect = np.exp(random.uniform(log_aspect, -log_aspect))
         rows, columns = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-        if not (0 < rows <= height and 0 < columns <= width) or rows * columns > missing:
+        if rows > height or columns > width or not config.min_num_patches <= rows * columns <= missing:
             continue
         top, left = random.integers(height - rows + 1), random.integers(width - columns + 1)
         mask[top : top + rows, left : left + columns] = True

@@ -41,6 +41,19 @@ class ReaderSpec:
     patch_grid: tuple[int, int] | None
 
 
+def check_batch_size(data: ShardedDataset, global_batch_size: int, world_size: int) -> None:
+    """Raises InputError for a global batch that the ranks cannot share, or that the data cannot fill."""
+    if global_batch_size % world_size:
+        raise InputError(
+            f"global_batch_size: {global_batch_size} does not divide among {world_size} ranks; choose a multiple"
+        )
+    if len(data) < global_batch_size:
+        raise InputError(
+            f"{data.directory}: {len(data)} samples are fewer than one global batch; lower global_batch_size "
+            f"({global_batch_size}) or prepare more samples"
+        )
+
+
 class BatchDataset(Dataset[Batch]):
     """Batch `step` of the run, for one rank. Map-style: any step can be asked for, so a resume costs nothing."""
 
@@ -53,13 +66,7 @@ class BatchDataset(Dataset[Batch]):
         rank: int,
         world_size: int,
     ) -> None:
-        if spec.global_batch_size % world_size:
-            raise InputError(f"global_batch_size {spec.global_batch_size} does not divide among {world_size} ranks")
-        if len(data) < spec.global_batch_size:
-            raise InputError(
-                f"{data.directory}: {len(data)} samples are fewer than one global batch of {spec.global_batch_size}; "
-                "lower global_batch_size or prepare more samples"
-            )
+        check_batch_size(data, spec.global_batch_size, world_size)
         self.data, self.spec, self.transform, self.tokenizer = data, spec, transform, tokenizer
         self.rank, self.world_size = rank, world_size
         self._order = lru_cache(2)(self._epoch_order)
@@ -93,10 +100,7 @@ class BatchDataset(Dataset[Batch]):
         mine = slice(self.rank * images_per_rank, (self.rank + 1) * images_per_rank)
 
         seeds = [sample_seed(self.spec.seed, epoch, int(sample)) for sample in sample_N[mine]]
-        images = [
-            self.transform(self.data.read_image(int(sample)), seed)
-            for sample, seed in zip(sample_N[mine], seeds, strict=True)
-        ]
+        images = [self._image(int(sample), seed) for sample, seed in zip(sample_N[mine], seeds, strict=True)]
         tokens = self.tokenizer.encode(self._strings(plan, sample_N))
         visible_BV, masked_BM = self._masks(seeds)
         text_NK = torch.from_numpy(plan.text_NK)
@@ -114,6 +118,15 @@ class BatchDataset(Dataset[Batch]):
             masked_BM=masked_BM,
             num_truncated=sum(self.tokenizer.is_full(ids) for ids in tokens),
         )
+
+    def _image(self, sample: int, seed: int) -> torch.Tensor:
+        jpeg = self.data.read_image(sample)
+        try:
+            return self.transform(jpeg, seed)
+        except (OSError, SyntaxError) as error:  # what Pillow raises for bytes that are no image
+            raise InputError(
+                f"{self.data.directory}: the image of sample {sample} cannot be decoded ({error}); run `dermvlp verify`"
+            ) from None
 
     def _strings(self, plan: TextPlan, sample_N: NDArray[np.int64]) -> list[str]:
         """The texts this rank encodes, from the samples that supply them (all of them this rank's own)."""

@@ -82,8 +82,12 @@ def pack(tokens: Sequence[NDArray[np.int64]], bucket_edges: Sequence[int], pad_i
         tokens: untrimmed-of-meaning, unpadded ids, each at most `bucket_edges[-1]` long.
         bucket_edges: ascending upper edges of the lengths, fixed for the run.
         trim: cut a bucket at its own longest text; else pad it to its edge.
+
+    Raises ValueError for a text longer than the last edge: it has no bucket.
     """
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
+    if len(lengths) and lengths.max() > bucket_edges[-1]:
+        raise ValueError(f"a text of {lengths.max()} tokens is longer than the last bucket edge {bucket_edges[-1]}")
     bucket_of_text = np.searchsorted(np.asarray(bucket_edges), lengths)
     bucket_tokens, order, num_rows = [], np.zeros(len(tokens), dtype=np.int64), 0
     for bucket, edge in enumerate(bucket_edges):
@@ -93,7 +97,8 @@ def pack(tokens: Sequence[NDArray[np.int64]], bucket_edges: Sequence[int], pad_i
         for row, text in enumerate(members.tolist()):
             padded[row, : lengths[text]] = tokens[text]
         if not len(members):
-            padded[0, :] = pad_id + 1  # a dummy must have an unpadded token: attention over nothing is NaN
+            # a dummy must have an unpadded token (attention over nothing is NaN), and one of the vocabulary
+            padded[0, :] = 0 if pad_id else 1
         order[members] = num_rows + np.arange(len(members))
         num_rows += len(padded)
         bucket_tokens.append(torch.from_numpy(padded))

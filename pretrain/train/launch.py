@@ -9,17 +9,23 @@ from collections.abc import Sequence
 
 from data_prep.config import load_config
 from pretrain.config import TrainConfig
+from pretrain.data.manifest import ShardedDataset
+from pretrain.data.reader import check_batch_size
 from pretrain.train.__main__ import main as train_here
+from pretrain.train.checkpoint import find_resumable
 
 
 def launch(config_path: str, overrides: Sequence[str]) -> int:
     """The exit status. With one rank, or under a launcher already, this process is the rank.
 
-    The config is read (and refused) here first, so that a mistake is one message and not one a rank.
+    What can be refused without towers is refused here first, so that a mistake is one message and not one a rank.
     """
     config = load_config(config_path, list(overrides), TrainConfig)
     if config.launch.num_ranks == 1 or "RANK" in os.environ:
         return train_here([config_path, *overrides])
+    data = ShardedDataset(config.data.train_dir)
+    check_batch_size(data, config.global_batch_size, config.launch.num_ranks)
+    find_resumable(config, data.digest, config.launch.num_ranks)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={config.launch.num_ranks}", "-m", "pretrain.train", config_path, *overrides]
     environment = dict(os.environ)

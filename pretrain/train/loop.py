@@ -17,7 +17,7 @@ from pretrain.distributed.engine import choose_device, initialise_process_group
 from pretrain.train.checkpoint import list_checkpoints, resume, save_checkpoint
 from pretrain.train.metrics import MetricsLog, reduce_terms
 from pretrain.train.schedule import learning_rate
-from pretrain.train.state import build_trainer, data_digest
+from pretrain.train.state import build_trainer
 from pretrain.train.step import training_step
 
 
@@ -31,16 +31,17 @@ def train(config: TrainConfig) -> Path:
         torch.set_num_threads(config.launch.threads_per_rank)
     initialise_process_group(device, config.engine)
     trainer, reader = build_trainer(config, device)
-    digest = data_digest(reader.data)
-    first_step = resume(trainer, digest)
+    first_step = resume(trainer, reader.data.digest)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     if comm.rank() == 0:
         edges = reader.spec.bucket_edges
         resolved = config.model_copy(update={"data": config.data.model_copy(update={"text_bucket_edges": edges})})
         (config.run_dir / "config.yaml").write_text(dump_yaml(resolved), encoding="utf-8")
+    # under ZeRO-3 a parameter holds this rank's part; DeepSpeed notes the whole
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
     log = MetricsLog(config.run_dir, first_step, config.num_steps)
     log.say(
-        f"{sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f} M parameters, {len(reader.data)} samples, "
+        f"{num_parameters / 1e6:.1f} M parameters, {len(reader.data)} samples, "
         f"{reader.steps_per_epoch} steps an epoch, {comm.world_size()} rank(s), from step {first_step}, "
         f"text buckets {reader.spec.bucket_edges}"
     )
@@ -81,6 +82,6 @@ def train(config: TrainConfig) -> Path:
                 )
             logged_at, logged_step, waited_s = time.monotonic(), done, 0.0
         if done % config.checkpoint_every == 0 or done == config.num_steps:
-            save_checkpoint(trainer, done, digest)
+            save_checkpoint(trainer, done, reader.data.digest)
     log.close()
     return list_checkpoints(config.run_dir)[-1]

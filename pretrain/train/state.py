@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import numpy as np
 import torch
 
-from data_prep.schema import SCHEMA_VERSION
 from pretrain.config import EmaTeacher, FrozenTeacher, TrainConfig
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.reader import BatchDataset, ReaderSpec
@@ -90,8 +88,3 @@ def build_trainer(config: TrainConfig, device: torch.device) -> tuple[Trainer, B
         max_log_scale=math.log(config.model.max_logit_scale),
     )
     return trainer, reader
-
-
-def data_digest(data: ShardedDataset) -> str:
-    """Names the training data of a checkpoint: the same index means the same samples in the same order."""
-    return hashlib.sha256(f"{SCHEMA_VERSION}:{data.manifest.index_sha256}".encode()).hexdigest()[:16]

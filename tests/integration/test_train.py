@@ -1,0 +1,124 @@
+"""Runs as a user starts them: real processes under torchrun, killed and resumed, both engines, one and two ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.train.metrics import read_metrics
+from tests.integration.conftest import write_config
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(config: Path, num_ranks: int, *overrides: str) -> list[str]:
+    launcher = [sys.executable, "-m"]
+    if num_ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", "-m"]
+    return [*launcher, "pretrain.train", str(config), *overrides]
+
+
+def run(config: Path, num_ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(config, num_ranks, *overrides), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the launcher, the ranks and their readers at once (torchrun's ranks have sessions of their own)."""
+    parent = psutil.Process(process.pid)
+    for victim in [parent, *parent.children(recursive=True)]:
+        victim.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def losses(run_dir: str | Path) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in record.items() if name.startswith("loss") or name == "step"}
+        for record in read_metrics(Path(run_dir) / "metrics.jsonl")
+    ]
+
+
+def weights(run_dir: str | Path, step: int) -> dict[str, torch.Tensor]:
+    folder = Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+    return {f"{name}/{key}": t for name in ("model", "teacher") for key, t in load_file(folder / f"{name}.safetensors").items()}
+
+
+@pytest.mark.parametrize(
+    ("engine", "num_ranks"),
+    [({"kind": "torch"}, 1), ({"kind": "deepspeed", "zero_stage": 2}, 2)],
+    ids=["torch, one rank", "deepspeed ZeRO 2, two ranks"],
+)
+def test_killed_and_resumed_equals_uninterrupted(
+    run_config: dict[str, Any], tmp_path: Path, engine: dict[str, Any], num_ranks: int
+) -> None:
+    run_config["engine"] = engine
+    config = write_config(tmp_path / "run.yaml", run_config)
+    whole = run(config, num_ranks, f"run_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    expected = losses(tmp_path / "whole")
+    assert [record["step"] for record in expected] == list(range(1, 9))
+
+    process = subprocess.Popen(command(config, num_ranks), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    metrics = Path(run_config["run_dir"]) / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    # past the checkpoint of step 3, before that of step 6
+    while time.monotonic() < deadline and len(read_metrics(metrics)) < 4:
+        time.sleep(0.02)
+    kill_all(process)
+    done = len(read_metrics(metrics))
+    assert 4 <= done < 8, f"killed after step {done}"
+
+    resumed = run(config, num_ranks, "data.num_workers=1")  # another number of reader processes changes nothing
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 3" in resumed.stderr or "from step 6" in resumed.stderr
+    assert losses(run_config["run_dir"]) == expected
+    theirs = weights(tmp_path / "whole", 8)
+    for name, tensor in weights(run_config["run_dir"], 8).items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_engines_and_ranks_agree(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """The plain twin on one rank is the reference; DeepSpeed on two ranks, at each ZeRO stage, follows it."""
+    config = write_config(tmp_path / "run.yaml", run_config | {"num_steps": 4})
+    runs = {"torch 1": ("torch", 0, 1), "torch 2": ("torch", 0, 2)}
+    runs |= {f"deepspeed {stage}": ("deepspeed", stage, 2) for stage in (0, 1, 3)}
+    curves = {}
+    for name, (kind, stage, num_ranks) in runs.items():
+        run_dir = tmp_path / name
+        result = run(config, num_ranks, f"run_dir={run_dir}", f"engine.kind={kind}", f"engine.zero_stage={stage}")
+        assert result.returncode == 0, f"{name}: {result.stderr[-3000:]}"
+        curves[name] = losses(run_dir)
+    for name, curve in curves.items():
+        for ours, reference in zip(curve, curves["torch 1"], strict=True):
+            assert ours == pytest.approx(reference, rel=1e-4), f"{name}, step {ours['step']}"
+
+
+def test_bf16_under_deepspeed_trains_and_is_close(run_config: dict[str, Any], tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", run_config | {"num_steps": 4})
+    for precision in ("fp32", "bf16"):
+        result = run(
+            config, 1, f"run_dir={tmp_path / precision}", "engine.kind=deepspeed", f"engine.precision={precision}"
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    for ours, reference in zip(losses(tmp_path / "bf16"), losses(tmp_path / "fp32"), strict=True):
+        assert ours == pytest.approx(reference, rel=0.05)
+
+
+def test_frozen_teacher_trains(run_config: dict[str, Any], run_model: Path, tmp_path: Path) -> None:
+    masked = run_config["objectives"][-1] | {"teacher": {"kind": "frozen", "name": str(run_model)}}
+    config = write_config(tmp_path / "run.yaml", run_config | {"objectives": [masked], "num_steps": 12})
+    result = run(config, 1)
+    assert result.returncode == 0, result.stderr
+    curve = [record["loss/masked_latent"] for record in losses(run_config["run_dir"])]
+    assert 0 < curve[-1] < curve[0] < 2
