@@ -27,7 +27,7 @@ TEXTS = [
     "Red, scaly plaque!! on the elbow",
     "! ! !",  # CLIP's vocabulary begins with "!": token 0, which is also its padding
     "A 52-year-old man with a sharply demarcated, salmon-pink plaque covered by silvery scale on both elbows, itching.",
-    "Größe: 3 × 4 cm; Juckreiz",
+    "Größe: 3 cm; Juckreiz, Rötung",
     "This is a skin image diagnosed as inflammatory, non-infectious, psoriasis.",
     " ".join(["itching"] * 90),  # longer than the context
 ]

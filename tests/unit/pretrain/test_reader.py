@@ -69,7 +69,7 @@ def assert_same(left: Batch, right: Batch) -> None:
 
 
 def token_rows(batches: list[Batch]) -> list[Tensor]:
-    """Token ids of the U texts of a global batch, each fetched as its feature will be: from all ranks' gathered rows."""
+    """Token ids of the U texts of a global batch, each from where its feature will be: all ranks' gathered rows."""
     gathered: list[Tensor | None] = []
     for batch in batches:
         rows = [row for bucket in batch.packed.bucket_tokens for row in bucket]
@@ -199,7 +199,7 @@ def test_ranks_together_read_the_whole_batch(prepared_dir: Path, world_size: int
 
 
 def test_batch_sizes_that_cannot_work(prepared_dir: Path) -> None:
-    with pytest.raises(InputError, match="global_batch_size 12 does not divide among 5 ranks"):
+    with pytest.raises(InputError, match="global_batch_size: 12 does not divide among 5 ranks"):
         reader(prepared_dir / "train", 0, 5)
     with pytest.raises(InputError, match=r"val: 24 samples are fewer than one global batch of 25; lower global_batch"):
         reader(prepared_dir / "val", global_batch_size=25)
