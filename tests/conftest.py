@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep.config import PrepareConfig, SyntheticSource
 from data_prep.prepare import prepare
 
-TINY_MODEL = {
+TINY_MODEL: dict[str, Any] = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 48, "patch_size": 12, "width": 32, "layers": 2, "head_width": 16},
     "text_cfg": {"context_length": 64, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},

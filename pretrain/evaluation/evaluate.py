@@ -94,13 +94,16 @@ def write_json(path: Path, evaluation: Evaluation) -> None:
 
 
 def print_table(evaluation: Evaluation, before: Evaluation | None = None) -> None:
-    """Metric, before, after, interval and chance, one line each."""
-    head = f"{'metric':32}" + ("  before" if before else "") + f"{'value':>8}  {'95 % interval':16}  chance"
-    print(head)
+    """One line a metric: its value with the interval, before training too where given, and what guessing gives."""
+    columns = ["before", "after"] if before else ["value"]
+    print(f"{'metric':28}" + "".join(f"{name:>10} {'95 % interval':17}" for name in columns) + "  chance")
     for part in ("zero_shot", "retrieval"):
         earlier = getattr(before, part) if before else {}
         for name, value in getattr(evaluation, part).items():
             chance = evaluation.chance.get(name)
-            first = f"{earlier[name].value:8.3f}" if before else ""
-            shown = "" if chance is None else f"{chance:6.3f}"
-            print(f"{name:32}{first}{value.value:8.3f}  [{value.low:.3f}, {value.high:.3f}]    {shown}")
+            shown = "" if chance is None else f"{chance:8.3f}"
+            print(f"{name:28}" + "".join(_cell(e) for e in ([earlier[name]] if before else []) + [value]) + shown)
+
+
+def _cell(estimate: Estimate) -> str:
+    return f"{estimate.value:10.3f} " + f"[{estimate.low:.3f}, {estimate.high:.3f}]".ljust(17)

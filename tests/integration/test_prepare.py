@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.config import PrepareConfig, SyntheticSource, dump_yaml
+from data_prep.config import PrepareConfig, SyntheticSource, TableSource, dump_yaml
 from data_prep.errors import InputError
 from data_prep.prepare import assign_split, prepare
 from data_prep.schema import Aspect, ShardManifest
@@ -429,7 +429,7 @@ def test_groups_stay_on_one_side_and_where_they_were(tmp_path: Path) -> None:
     assert {key for key, split in later.items() if split == "val"} < {k for k, split in more.items() if split == "val"}
 
     (tmp_path / "img").rename(tmp_path / "moved")  # without a group the image's name decides, not the folder
-    assert isinstance(config.source.image_dir, Path)
+    assert isinstance(config.source, TableSource)
     source = config.source.model_copy(update={"image_dir": tmp_path / "moved"})
     assert splits(config.model_copy(update={"source": source})) == later
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +64,5 @@ def test_open_clip_trains_on_the_shards(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[0] == pytest.approx(math.log(BATCH_SIZE), abs=0.7)
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.1  # it learns the batch
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())

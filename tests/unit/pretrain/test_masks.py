@@ -29,7 +29,7 @@ def test_every_image_has_exactly_the_ratio_masked(config: MaskConfig, grid: tupl
 @pytest.mark.parametrize("config", [BlockMask(), RandomMask()], ids=str)
 def test_masks_follow_from_the_seed(config: MaskConfig) -> None:
     again = [draw_mask(config, (14, 14), generator(1, 2)) for _ in range(2)]
-    assert np.array_equal(*again)
+    assert np.array_equal(again[0], again[1])
     different = {draw_mask(config, (14, 14), generator(1, sample)).tobytes() for sample in range(50)}
     assert len(different) == 50
 

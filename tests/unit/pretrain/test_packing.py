@@ -25,7 +25,7 @@ HF_CONFIG = Path(__file__).parents[3] / "configs" / "models" / "efficientnet_lit
 TEXTS = [
     "Psoriasis.",
     "Red, scaly plaque!! on the elbow",
-    "! ! !",  # CLIP's vocabulary begins with "!": token 0, which is also its padding
+    "size !< 3",  # CLIP's vocabulary begins with "!": token 0, which is also its padding
     "A 52-year-old man with a sharply demarcated, salmon-pink plaque covered by silvery scale on both elbows, itching.",
     "Größe: 3 cm; Juckreiz, Rötung",
     "This is a skin image diagnosed as inflammatory, non-infectious, psoriasis.",
@@ -34,7 +34,7 @@ TEXTS = [
 
 
 def compare(tokenizer: TextTokenizer, plain_tower: nn.Module, encoder: DualEncoder, edges: tuple[int, ...]) -> Tensor:
-    """Largest difference between packed and plain features, and the gradients of both."""
+    """Largest difference between packed and plain features. Asserts that the gradients of both are equal."""
     tokens = tokenizer.encode(TEXTS)
     packed = pack(tokens, edges, tokenizer.pad_id, tokenizer.can_trim)
     features = encoder.encode_texts(packed)
@@ -43,16 +43,12 @@ def compare(tokenizer: TextTokenizer, plain_tower: nn.Module, encoder: DualEncod
     assert features.shape == expected.shape == (len(TEXTS), expected.shape[1])
     assert len(torch.unique(expected.detach(), dim=0)) == len(TEXTS)  # the texts are told apart
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=expected.dtype)
-    (features * weights).sum().backward()
-    (expected * weights).sum().backward()
+    torch.autograd.backward([(features * weights).sum(), (expected * weights).sum()])
     for (name, mine), theirs in zip(encoder.text.named_parameters(), plain_tower.parameters(), strict=True):
         if mine.requires_grad:
-            torch.testing.assert_close(mine.grad, theirs.grad, msg=name, **_tolerance(mine))
+            rtol, atol = (1e-8, 1e-10) if mine.dtype == torch.float64 else (1e-3, 2e-5)
+            torch.testing.assert_close(mine.grad, theirs.grad, msg=name, rtol=rtol, atol=atol)
     return (features - expected).abs().max()
-
-
-def _tolerance(parameter: Tensor) -> dict[str, float]:
-    return {"rtol": 1e-8, "atol": 1e-10} if parameter.dtype == torch.float64 else {"rtol": 1e-3, "atol": 2e-5}
 
 
 def build(config: ModelConfig, dtype: torch.dtype) -> tuple[TextTokenizer, nn.Module, DualEncoder]:
@@ -123,7 +119,8 @@ def test_the_tokenizer_cuts_padding_and_nothing_else(tiny_model_path: Path) -> N
     for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
         assert ids.dtype == np.int64 and ids[0] == start and ids[-1] == end and (ids[1:-1] != end).all()
         assert np.array_equal(np.pad(ids, (0, 64 - len(ids))), plain([text])[0].numpy())
-    assert tokenizer.encode(["! ! !"])[0].tolist() == [start, *plain.encode("! ! !"), end]
+    assert 0 in plain.encode(TEXTS[2])
+    assert tokenizer.encode(TEXTS)[2].tolist() == [start, *plain.encode(TEXTS[2]), end]
     assert [tokenizer.is_full(ids) for ids in tokenizer.encode(TEXTS)] == [False] * 6 + [True]
     assert tokenizer.encode([TEXTS[0]])[0] is tokenizer.encode([TEXTS[0]])[0]  # kept
 
@@ -136,6 +133,6 @@ def test_a_bucket_that_is_empty_changes_nothing(tiny_model_path: Path) -> None:
     torch.testing.assert_close(alone, with_dummies, rtol=1e-12, atol=1e-12)
     nothing = encoder.encode_texts(pack([], (16, 64), 0, trim=True))
     assert nothing.shape == (0, 32)
-    nothing.sum().backward()
+    torch.autograd.backward(nothing.sum())
     gradients = [p.grad for p in encoder.text.parameters()]
     assert all(g is not None and not g.any() for g in gradients)  # every parameter took part, as ZeRO needs

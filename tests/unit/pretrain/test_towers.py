@@ -113,8 +113,18 @@ def test_masked_patches_are_not_seen(tmp_path: Path) -> None:
     assert (tower(before, visible_BV=visible_BV)[:, 0] - tower(before, latents=True)[:, 0]).abs().max() > 1e-6
 
 
-TIMM_CONV = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "", "timm_proj": "linear", "image_size": 96}
-TIMM_VIT = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "timm_proj": "linear", "image_size": 224}
+TIMM_CONV: dict[str, Any] = {
+    "timm_model_name": "tf_efficientnet_lite0",
+    "timm_pool": "",
+    "timm_proj": "linear",
+    "image_size": 96,
+}
+TIMM_VIT: dict[str, Any] = {
+    "timm_model_name": "vit_tiny_patch16_224",
+    "timm_pool": "avg",
+    "timm_proj": "linear",
+    "image_size": 224,
+}
 
 
 @pytest.mark.parametrize(("vision_cfg", "num_patches"), [(TIMM_CONV, 9), (TIMM_VIT, 196)], ids=["convolutional", "vit"])
@@ -161,7 +171,7 @@ def test_configs_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 def test_package_names_become_folders_in_a_copy() -> None:
-    cfg = {
+    cfg: dict[str, Any] = {
         "embed_dim": 1,
         "text_cfg": {"hf_model_name": "package:open_clip/model_configs", "hf_tokenizer_name": "other"},
     }
