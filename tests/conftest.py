@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 
 from data_prep.config import PrepareConfig, SyntheticSource
 from data_prep.prepare import prepare
+
+# before torch is imported: over tensors this small its threads only wait for each other, worst on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY_MODEL: dict[str, Any] = {
     "embed_dim": 32,
