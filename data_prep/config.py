@@ -32,7 +32,9 @@ def load_config(path: str | Path, overrides: list[str], model: type[Config]) -> 
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such configuration file; the ones that exist are under configs/") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a mapping of keys to values at the top level")
@@ -54,7 +56,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node = node[_list_index(part, node, override)] if isinstance(node, list) else node.setdefault(part, {})
         if not isinstance(node, dict | list):
             raise InputError(f"override {override!r}: {part!r} is a single value and has no keys below it")
-    parsed = yaml.safe_load(value) if value else None
+    try:
+        parsed = yaml.safe_load(value) if value else None
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not valid YAML; check brackets and quotes") from None
     # YAML 1.1 reads 1e-4 as a string; people mean a number
     if isinstance(parsed, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", parsed):
         parsed = float(parsed)

@@ -141,5 +141,6 @@ class ShardManifest(Frozen):
     samples_by_diagnosis: dict[str, int]
     samples_by_licence: dict[str, int]
     num_rejected: int
+    notes: dict[str, int] = {}  # what was dropped or not found on the way, by reason; no row was lost by it
     decomposer: str  # name and version of what made the sub-captions
     config_digest: str

@@ -186,6 +186,7 @@ def write_manifest(
         samples_by_diagnosis=_total(record.diagnoses for record in kept),
         samples_by_licence=_total(record.licences for record in kept),
         num_rejected=sum(len(record.rejected) for record in records),
+        notes=_total(record.notes for record in kept),
         decomposer=decomposer,
         config_digest=config_digest,
     )

@@ -20,6 +20,8 @@ def print_summary(out_dir: Path, manifests: Mapping[str, ShardManifest], seconds
             f"{manifest.num_rejected} rows rejected"
         )
         print("  captions by aspect: " + ", ".join(f"{a} {n}" for a, n in manifest.captions_by_aspect.items()))
+        for note, count in manifest.notes.items():
+            print(f"  {note}: {count}")
         for reason, count in rejected_by_reason(out_dir / split).most_common():
             print(f"  rejected {count}: {reason}")
         if manifest.num_rejected:

@@ -55,6 +55,12 @@ class ModelConfig(Frozen):
     init_logit_scale: PositiveFloat = 14.285714  # 1 / 0.07
     max_logit_scale: PositiveFloat = 100.0
 
+    @model_validator(mode="after")
+    def _pretrained_has_a_name(self) -> ModelConfig:
+        if self.pretrained is not None and self.name.endswith(".json"):
+            raise ValueError("pretrained is a tag of a model of open_clip's own; with a JSON file leave it out")
+        return self
+
 
 # ---------------------------------------------------------------------------------------------- objectives
 

@@ -95,16 +95,17 @@ def check_image_dir(path: Path, key: str) -> None:
 def find_image(image_dir: Path, written: str) -> Path:
     """The file below `image_dir` that the table's text names. Raises LookupError with the reason where it is unusable.
 
+    The reason does not repeat the path, which can hold a name or a record number; the row finds it.
     The check is on the text: links inside the folder are the user's own and are followed.
     """
     if not written:
         raise LookupError("no image path")
     relative = PurePosixPath(written.replace("\\", "/"))
     if relative.is_absolute() or ".." in relative.parts or re.match(r"[A-Za-z]:", written):
-        raise LookupError(f"image path {written!r} leads out of the image folder")
+        raise LookupError("the image path leads out of the image folder")
     path = image_dir / relative
     if not path.is_file():
-        raise LookupError(f"no image file {written!r} in the image folder")
+        raise LookupError("no such file in the image folder")
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.errors import InputError
 from pretrain.config import BlockMask, RandomMask
 
 MaskConfig = BlockMask | RandomMask
@@ -14,6 +15,15 @@ def num_masked(config: MaskConfig, grid: tuple[int, int]) -> int:
     """At least one patch masked and one visible."""
     total = grid[0] * grid[1]
     return min(total - 1, max(1, round(config.ratio * total)))
+
+
+def check_mask(config: MaskConfig, grid: tuple[int, int]) -> None:
+    """Raises InputError for blocks that the grid has no room for: single patches would silently take their place."""
+    if isinstance(config, BlockMask) and num_masked(config, grid) < config.min_num_patches:
+        raise InputError(
+            f"masked_latent.mask: {num_masked(config, grid)} masked patches of a {grid[0]} x {grid[1]} grid leave no "
+            f"room for a block of {config.min_num_patches}; lower min_num_patches or raise ratio"
+        )
 
 
 def draw_mask(config: MaskConfig, grid: tuple[int, int], random: np.random.Generator) -> NDArray[np.bool_]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: domains keep the random streams of different uses apart
-ORDER_DOMAIN, SAMPLE_DOMAIN = 1, 2
+ORDER_DOMAIN, SAMPLE_DOMAIN, MASK_DOMAIN, STEP_DOMAIN = 1, 2, 3, 4
 
 
 def generator(*key: int) -> np.random.Generator:
@@ -24,6 +24,11 @@ def generator(*key: int) -> np.random.Generator:
 def sample_seed(seed: int, epoch: int, sample: int) -> int:
     """63-bit seed of one sample's augmentation and mask in one epoch."""
     return int(generator(SAMPLE_DOMAIN, seed, epoch, sample).integers(2**63))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """63-bit seed of what a rank draws in one step (dropout)."""
+    return int(generator(STEP_DOMAIN, seed, step, rank).integers(2**63))
 
 
 def epoch_order(shard_sizes: NDArray[np.int64], seed: int, epoch: int, shards_per_block: int) -> NDArray[np.int64]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
 
 import numpy as np
 import torch
@@ -20,12 +19,10 @@ from data_prep.schema import Aspect, text_hash
 from pretrain.data.batch import Batch
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.masks import MaskConfig, draw_mask, num_masked
-from pretrain.data.plan import epoch_order, generator, sample_seed
+from pretrain.data.plan import MASK_DOMAIN, epoch_order, generator, sample_seed
 from pretrain.data.texts import TextPlan, pack, plan_columns, plan_texts
 from pretrain.data.tokenize import TextTokenizer
 from pretrain.data.transforms import ImageTransform
-
-_MASK_STREAM = 3
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ class BatchDataset(Dataset[Batch]):
         if self.spec.mask is None or self.spec.patch_grid is None:
             return None, None
         grid, mask = self.spec.patch_grid, self.spec.mask
-        masked_BP = np.stack([draw_mask(mask, grid, generator(_MASK_STREAM, seed)) for seed in seeds])
+        masked_BP = np.stack([draw_mask(mask, grid, generator(MASK_DOMAIN, seed)) for seed in seeds])
         count = num_masked(mask, grid)
         order_BP = np.argsort(masked_BP, axis=1, kind="stable")  # visible first, each part ascending
         return torch.from_numpy(order_BP[:, :-count].copy()), torch.from_numpy(order_BP[:, -count:].copy())
@@ -173,7 +170,10 @@ def read_batches(
         multiprocessing_context="forkserver" if num_workers else None,
         worker_init_fn=_one_thread,
     )
-    return cast(Iterator[Batch], iter(loader))
+    try:
+        yield from loader
+    except InputError as error:  # from a worker process: its message comes inside a traceback
+        raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from None
 
 
 def _one_thread(worker: int) -> None:

@@ -21,8 +21,8 @@ from pretrain.data.manifest import ShardedDataset
 from pretrain.data.texts import pack
 from pretrain.data.tokenize import TextTokenizer
 from pretrain.data.transforms import EvalTransform
-from pretrain.models.dual_encoder import DualEncoder, PixelNormaliser
-from pretrain.models.towers import build_tokenizer, image_px
+from pretrain.models.dual_encoder import DualEncoder
+from pretrain.models.towers import PixelNormaliser, build_tokenizer, image_px
 from pretrain.train.checkpoint import checkpoint_config, list_checkpoints
 from pretrain.train.state import build_model
 

@@ -36,7 +36,7 @@ class Encoded:
 
 
 class DualEncoder(nn.Module):
-    def __init__(self, clip: CustomTextCLIP, config: ModelConfig, needs_patches: bool) -> None:
+    def __init__(self, clip: CustomTextCLIP, config: ModelConfig, embed_dim: int, needs_patches: bool) -> None:
         super().__init__()
         self.visual: Any = expose_tokens(clip.visual)
         self.text: Any = allow_trimmed(clip.text)
@@ -45,14 +45,10 @@ class DualEncoder(nn.Module):
         self.patch_projection: nn.Module | None = None
         if needs_patches:
             linear = self.visual.has_linear_pooling
-            width, embed_dim = self.visual.token_width, self._embed_dim(clip)
+            width = self.visual.token_width
             self.patch_projection = nn.Identity() if linear else nn.Linear(width, embed_dim, bias=False)
         self._frozen: list[nn.Module] = []
         self._freeze(config)
-
-    @staticmethod
-    def _embed_dim(clip: CustomTextCLIP) -> int:
-        return int(clip.visual.output_dim if hasattr(clip.visual, "output_dim") else clip.visual.head.proj.out_features)
 
     def require_droppable_patches(self) -> None:
         """Raises InputError for a tower that cannot encode a part of its patches."""
@@ -123,17 +119,3 @@ class DualEncoder(nn.Module):
             "seen_BTW": seen_BTW,
             "predicted_BMW": predicted_BMW,
         }
-
-
-class PixelNormaliser:
-    """uint8 pixels to a tower's input. Outside the engine's module, which bf16 would round to 0.3 %."""
-
-    def __init__(self, visual: Any, device: torch.device, dtype: torch.dtype) -> None:
-        def channels(name: str) -> Tensor:
-            return torch.tensor(visual.preprocess_cfg[name], dtype=torch.float32, device=device).view(1, -1, 1, 1)
-
-        self._mean, self._std, self._dtype = channels("mean"), channels("std"), dtype
-
-    def __call__(self, image_BCHW: Tensor) -> Tensor:
-        image = image_BCHW.float().contiguous(memory_format=torch.channels_last)  # convolutions take 0.6 of the time
-        return ((image / 255.0 - self._mean) / self._std).to(self._dtype)

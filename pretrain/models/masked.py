@@ -6,6 +6,7 @@ Shapes: B images, P patches, V visible, M masked (V + M = P), W tower width, T t
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from pretrain.config import FrozenTeacher, ModelConfig
-from pretrain.models.towers import TokenVisionTransformer, build_open_clip, expose_tokens
+from pretrain.models.towers import PixelNormaliser, TokenVisionTransformer, build_open_clip, expose_tokens
 
 
 class _CrossAttentionBlock(nn.Module):
@@ -49,6 +50,10 @@ class LatentPredictor(nn.Module):
         predicts_seen: bool,
     ) -> None:
         super().__init__()
+        if width % 4 or width % heads:
+            raise InputError(
+                f"masked_latent: predictor_width {width} must divide by 4 and by predictor_heads ({heads})"
+            )
         if grid[0] != grid[1]:
             raise InputError(f"masked_latent: needs a square patch grid, the image tower's is {grid}")
         positions = torch.from_numpy(get_2d_sincos_pos_embed(width, grid[0])).float()
@@ -83,11 +88,18 @@ class Teacher(nn.Module):
 
     def __init__(self, visual: TokenVisionTransformer) -> None:
         super().__init__()
-        self.visual = visual.eval().requires_grad_(False)
+        self.visual: Any = visual.eval().requires_grad_(False)
+        self._normalise: PixelNormaliser | None = None
 
     @torch.no_grad()
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """(B, 1 + P, T) final-norm latents, class token first. The image is resized to the teacher's input."""
+        """uint8 pixels to (B, 1 + P, T) final-norm latents, class token first.
+
+        The teacher has a mean, a standard deviation and an input size of its own; the image is brought to them.
+        """
+        if self._normalise is None:
+            self._normalise = PixelNormaliser(self.visual, image_BCHW.device, torch.float32)
+        image_BCHW = self._normalise(image_BCHW)
         size = self.visual.image_size
         if tuple(image_BCHW.shape[-2:]) != tuple(size):
             image_BCHW = F.interpolate(image_BCHW, size=tuple(size), mode="bicubic", antialias=True)
@@ -109,6 +121,8 @@ def frozen_teacher(config: FrozenTeacher, student_grid: tuple[int, int]) -> Teac
     """The image tower of a named model. Its patch grid must be the student's."""
     model = build_open_clip(ModelConfig(name=config.name, pretrained=config.pretrained))
     if config.weights_path is not None:
+        if not config.weights_path.is_file():
+            raise InputError(f"masked_latent.teacher.weights_path: {config.weights_path} does not exist")
         model.load_state_dict(load_file(config.weights_path))
     visual = expose_tokens(model.visual)
     if not isinstance(visual, TokenVisionTransformer):

@@ -9,15 +9,16 @@ import torch
 
 from pretrain.config import EmaTeacher, FrozenTeacher, TrainConfig
 from pretrain.data.manifest import ShardedDataset
+from pretrain.data.masks import check_mask
 from pretrain.data.reader import BatchDataset, ReaderSpec
 from pretrain.data.texts import choose_bucket_edges
 from pretrain.data.tokenize import TextTokenizer
 from pretrain.data.transforms import TrainTransform
 from pretrain.distributed import comm
 from pretrain.distributed.engine import build_engine
-from pretrain.models.dual_encoder import DualEncoder, PixelNormaliser
+from pretrain.models.dual_encoder import DualEncoder
 from pretrain.models.masked import Teacher, ema_teacher, frozen_teacher
-from pretrain.models.towers import build_open_clip, build_tokenizer, image_px
+from pretrain.models.towers import PixelNormaliser, build_open_clip, build_tokenizer, image_px, read_tower_config
 from pretrain.objectives.build import build_objectives, find_masked_latent
 from pretrain.train.step import Trainer
 
@@ -28,7 +29,8 @@ def build_model(config: TrainConfig, load_pretrained: bool = True) -> tuple[Dual
     """Weights are drawn from the config's seed, so every rank starts equal. CPU, fp32."""
     torch.manual_seed(config.seed)
     needs_patches = any(objective.kind == "local_alignment" for objective in config.objectives)
-    model = DualEncoder(build_open_clip(config.model, load_pretrained), config.model, needs_patches)
+    embed_dim = int(read_tower_config(config.model.name).model_cfg["embed_dim"])
+    model = DualEncoder(build_open_clip(config.model, load_pretrained), config.model, embed_dim, needs_patches)
     masked = find_masked_latent(config.objectives)
     if masked is None:
         return model, None
@@ -57,6 +59,8 @@ def resolve_bucket_edges(config: TrainConfig, data: ShardedDataset, tokenizer: T
 def build_reader(config: TrainConfig, model: DualEncoder, tokenizer: TextTokenizer) -> BatchDataset:
     data = ShardedDataset(config.data.train_dir)
     masked = find_masked_latent(config.objectives)
+    if masked is not None:
+        check_mask(masked.mask, tuple(model.visual.grid_size))
     spec = ReaderSpec(
         seed=config.seed,
         global_batch_size=config.global_batch_size,

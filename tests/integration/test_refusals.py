@@ -22,7 +22,12 @@ def table(tmp_path: Path) -> Path:
     for name in ("a", "b", "c"):
         Image.effect_noise((64, 64), 90).convert("RGB").save(images / f"{name}.jpg")
     (images / "broken.jpg").write_bytes((images / "a.jpg").read_bytes()[:-300])
-    rows = [("a.jpg", "A brown macule on the arm."), ("broken.jpg", "A papule."), ("b.jpg", "  "), ("gone.jpg", "A wheal.")]
+    rows = [
+        ("a.jpg", "A brown macule on the arm."),
+        ("broken.jpg", "A papule."),
+        ("b.jpg", "  "),
+        ("gone.jpg", "A wheal."),
+    ]
     with (tmp_path / "table.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([("file", "text"), *rows, ("c.jpg", "A red plaque.")])
@@ -55,7 +60,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return message
 
 
-def test_rejected_rows_are_listed_with_their_reason_and_counted(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejected_rows_are_listed_with_their_reason_and_counted(
+    table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["prepare", str(table)]) == 0
     printed = capsys.readouterr().out
     with (table.parent / "out" / "train" / "rejected.csv").open(newline="") as file:

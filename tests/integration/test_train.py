@@ -30,7 +30,12 @@ def command(config: Path, num_ranks: int, *overrides: str) -> list[str]:
 
 def run(config: Path, num_ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(config, num_ranks, *overrides), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        command(config, num_ranks, *overrides),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -51,7 +56,11 @@ def losses(run_dir: str | Path) -> list[dict[str, float]]:
 
 def weights(run_dir: str | Path, step: int) -> dict[str, torch.Tensor]:
     folder = Path(run_dir) / "checkpoints" / f"step-{step:08d}"
-    return {f"{name}/{key}": t for name in ("model", "teacher") for key, t in load_file(folder / f"{name}.safetensors").items()}
+    return {
+        f"{name}/{key}": t
+        for name in ("model", "teacher")
+        for key, t in load_file(folder / f"{name}.safetensors").items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -115,8 +124,8 @@ def test_bf16_under_deepspeed_trains_and_is_close(run_config: dict[str, Any], tm
         assert ours == pytest.approx(reference, rel=0.05)
 
 
-def test_frozen_teacher_trains(run_config: dict[str, Any], run_model: Path, tmp_path: Path) -> None:
-    masked = run_config["objectives"][-1] | {"teacher": {"kind": "frozen", "name": str(run_model)}}
+def test_frozen_teacher_trains(run_config: dict[str, Any], tiny_model_path: Path, tmp_path: Path) -> None:
+    masked = run_config["objectives"][-1] | {"teacher": {"kind": "frozen", "name": str(tiny_model_path)}}
     config = write_config(tmp_path / "run.yaml", run_config | {"objectives": [masked], "num_steps": 12})
     result = run(config, 1)
     assert result.returncode == 0, result.stderr

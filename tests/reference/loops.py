@@ -16,7 +16,7 @@ def logaddexp(values: list[Tensor]) -> Tensor:
     """log of the sum of exponentials of scalars; minus infinity for none."""
     if not values:
         return torch.tensor(-math.inf, dtype=torch.float64)
-    largest = max(float(value) for value in values)
+    largest = max(float(value.detach()) for value in values)
     return largest + torch.stack([(value - largest).exp() for value in values]).sum().log()
 
 

@@ -63,7 +63,7 @@ def test_absent_sentences_and_splits(tmp_path: Path) -> None:
     assert (first.demographics.age_years, first.demographics.sex, first.group) == (None, None, None)
     assert (second.demographics.age_years, second.demographics.sex) == (45, "female")
     assert (second.concepts, second.body_site, second.licence) == (("red", "patch"), "face, neck", "CC-BY-NC-4.0")
-    assert gone == Rejection("train.csv", 3, "filename", "no image file 'gone.jpg' in the image folder")
+    assert gone == Rejection("train.csv", 3, "filename", "no such file in the image folder")
     assert empty == Rejection("train.csv", 4, "caption", "no caption")
     assert (other.table, other.row, other.split, first.split) == ("val.csv", 1, "val", "train")
     assert (other.demographics.age_years, other.demographics.sex) == (None, None)

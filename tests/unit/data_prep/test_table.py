@@ -69,7 +69,7 @@ def test_every_column_reaches_its_field(make: Any) -> None:
 def test_row_numbers_count_records_not_lines(make: Any) -> None:
     rows = make('file,text\na.jpg,"two\nlines"\n\nb.jpg,c\nnone.jpg,d\n', CAPTION)
     assert [row.row for row in rows] == [1, 3, 4]
-    assert rows[2] == Rejection("t.csv", 4, "file", "no image file 'none.jpg' in the image folder")
+    assert rows[2] == Rejection("t.csv", 4, "file", "no such file in the image folder")
 
 
 @pytest.mark.parametrize("value", ["", "unknown", "NaN", " Unknown "])
@@ -84,7 +84,7 @@ def test_absent_values(make: Any, value: str) -> None:
 def test_no_path_leaves_the_image_folder(make: Any, name: str) -> None:
     (row,) = make(f"file,text\n{name},c\n", CAPTION)
     assert isinstance(row, Rejection)
-    assert row.reason == f"image path {name!r} leads out of the image folder"
+    assert row.reason == "the image path leads out of the image folder"
 
 
 def test_backslashes_of_windows_tables(tmp_path: Path) -> None:
