@@ -157,6 +157,12 @@ class EngineConfig(Frozen):
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed only
 
+    @model_validator(mode="after")
+    def _masters_in_reach(self) -> EngineConfig:
+        if self.kind == "deepspeed" and self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("bf16 needs zero_stage 1 or more: at 0 DeepSpeed keeps the fp32 masters out of reach")
+        return self
+
 
 class LaunchConfig(Frozen):
     """For `dermvlp train`, which starts the ranks itself; under torchrun the launcher decides."""

@@ -115,13 +115,13 @@ def test_engines_and_ranks_agree(run_config: dict[str, Any], tmp_path: Path) -> 
 
 def test_bf16_under_deepspeed_trains_and_is_close(run_config: dict[str, Any], tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", run_config | {"num_steps": 4})
-    for precision in ("fp32", "bf16"):
-        result = run(
-            config, 1, f"run_dir={tmp_path / precision}", "engine.kind=deepspeed", f"engine.precision={precision}"
-        )
+    for precision, stage in (("fp32", 1), ("bf16", 1), ("bf16", 3)):
+        engine = ("engine.kind=deepspeed", f"engine.precision={precision}", f"engine.zero_stage={stage}")
+        result = run(config, 1, f"run_dir={tmp_path / precision}{stage}", *engine)
         assert result.returncode == 0, result.stderr[-3000:]
-    for ours, reference in zip(losses(tmp_path / "bf16"), losses(tmp_path / "fp32"), strict=True):
-        assert ours == pytest.approx(reference, rel=0.05)
+    for name in ("bf161", "bf163"):
+        for ours, reference in zip(losses(tmp_path / name), losses(tmp_path / "fp321"), strict=True):
+            assert ours == pytest.approx(reference, rel=0.05), name
 
 
 def test_frozen_teacher_trains(run_config: dict[str, Any], tiny_model_path: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def build(config: ModelConfig, dtype: torch.dtype) -> tuple[TextTokenizer, nn.Mo
     torch.manual_seed(0)
     clip = build_open_clip(config)
     plain = copy.deepcopy(clip.text).to(dtype).eval()
-    encoder = DualEncoder(clip, config, needs_patches=False).to(dtype)
+    encoder = DualEncoder(clip, config, embed_dim=32, needs_patches=False).to(dtype)
     encoder.eval()
     return build_tokenizer(config, encoder.text), plain, encoder
 
