@@ -33,7 +33,7 @@ class DataConfig(Frozen):
     num_workers: int = Field(default=1, ge=0)  # reader processes per rank; no effect on the sample order
     shards_per_block: PositiveInt = 16  # how many shards a window of the shuffle spans
     augmentation: AugmentationConfig = AugmentationConfig()
-    #: upper edges of the token-length buckets; None: quantiles of a fixed sample of the manifest's texts
+    #: upper edges of the token-length buckets; None: those that pad the fewest tokens on a fixed sample of the data
     text_bucket_edges: tuple[PositiveInt, ...] | None = None
     num_text_buckets: PositiveInt = 4
 

@@ -22,11 +22,11 @@ from pretrain.data.manifest import ShardedDataset
 from pretrain.evaluation.embed import Encoder, load_encoder, untrained_encoder
 from pretrain.evaluation.evaluate import TEMPLATES_PATH, Evaluation, diagnoses, evaluate, print_table, write_json
 from pretrain.evaluation.gallery import gallery
-from pretrain.evaluation.report import MetricRow, ReportData, plot_losses, write_report
+from pretrain.evaluation.report import MetricRow, ReportData, write_report
 from pretrain.evaluation.zero_shot import load_templates
 from pretrain.publish.export import check_export, export
+from pretrain.train.curves import loss_curves
 from pretrain.train.launch import launch
-from pretrain.train.metrics import read_metrics
 
 _RECIPES = Path(__file__).parents[1] / "configs" / "pretrain"
 _LIMITS = (
@@ -79,8 +79,6 @@ def demo(source: str, recipe: str | None, out_dir: Path) -> int:
     with stage("train"):
         if status := launch(recipe, overrides):
             return status
-        losses = loss_curves(run_dir)
-        plot_losses(losses, run_dir / "loss_curves.png")
     with stage("evaluate after training"):
         encoder = load_encoder(run_dir)
         after = evaluate(encoder, val_data, classnames, templates)
@@ -91,7 +89,9 @@ def demo(source: str, recipe: str | None, out_dir: Path) -> int:
         print(f"{folder}: open_clip loads it; largest difference of a feature {difference:.1e}")
     with stage("report"):
         report_path = run_dir / "report.html"
-        data = _report(config, manifests, before, after, stage.seconds, losses, encoder, val_data, is_synthetic)
+        data = _report(
+            config, manifests, before, after, stage.seconds, loss_curves(run_dir), encoder, val_data, is_synthetic
+        )
         write_report(report_path, data)
     print()
     print_table(after, before)
@@ -110,13 +110,6 @@ def _result(before: Evaluation, after: Evaluation, seconds: float, report: Path)
         "seconds": round(seconds, 1),
         "report": str(report),
     }
-
-
-def loss_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """The run's losses by objective, then its temperature and learning rate, by step."""
-    records = read_metrics(run_dir / "metrics.jsonl")
-    names = [name for name in records[-1] if name.startswith("loss")] + ["logit_scale", "lr"]
-    return {name.removeprefix("loss/"): [(int(r["step"]), float(r[name])) for r in records] for name in names}
 
 
 def _report(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -106,7 +107,20 @@ def pack(tokens: Sequence[NDArray[np.int64]], bucket_edges: Sequence[int], pad_i
 
 
 def choose_bucket_edges(lengths: NDArray[np.int64], num_buckets: int, context_length: int) -> tuple[int, ...]:
-    """Quantiles of the token lengths, rounded up to multiples of 8; the last edge is the context length."""
-    quantiles = np.quantile(lengths, np.arange(1, num_buckets) / num_buckets)
-    edges = {min(context_length, -8 * (-int(np.ceil(q)) // 8)) for q in quantiles} | {context_length}
-    return tuple(sorted(edges))
+    """The ascending edges, multiples of 8, that pad a batch's texts to the fewest tokens; the last is the context.
+
+    Args:
+        lengths: token lengths of the distinct texts of a few batches (not of the manifest: short texts that stand
+            in every batch count in each).
+    """
+    candidates = range(8, context_length, 8)
+
+    def padded_tokens(inner: tuple[int, ...]) -> int:
+        bucket = np.searchsorted(np.array([*inner, context_length]), lengths)
+        counts = np.bincount(bucket, minlength=len(inner) + 1)
+        longest = np.zeros(len(counts), dtype=np.int64)
+        np.maximum.at(longest, bucket, lengths)  # a bucket is trimmed to its longest text
+        return int((counts * longest).sum())
+
+    choices = combinations(candidates, min(num_buckets - 1, len(candidates)))
+    return (*min(choices, key=padded_tokens), context_length)

@@ -18,18 +18,13 @@ import matplotlib
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pretrain.evaluation.report_page import PAGE, STYLE
 from pretrain.evaluation.statistics import Estimate
-
-#: name of an objective, "logit_scale", ... -> (step, value)
-LossSeries = Mapping[str, Sequence[tuple[int, float]]]
-
-MAX_CHART_POINTS = 400
+from pretrain.train.curves import LossSeries, Palette, loss_figure, style_axes, thin
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ def write_report(path: Path, report: ReportData) -> None:
         report=report,
         style=STYLE,
         numbers=report_numbers(report),
-        charts={name: _themed(_loss_figure, {name: series}) for name, series in report.losses.items()},
+        charts={name: _themed(loss_figure, {name: series}) for name, series in report.losses.items()},
         confusion=None if report.confusion is None else _themed(_confusion_figure, report.confusion, report.classnames),
         num_not_finite={name: int((~_finite(series)).sum()) for name, series in report.losses.items()},
         has_before=any(row.before is not None for row in report.metrics),
@@ -120,7 +115,7 @@ def report_numbers(report: ReportData) -> dict[str, Any]:
             for row in report.metrics
         },
         "losses": {
-            name: [[float(step), _json_number(value)] for step, value in zip(*_thin(series), strict=True)]
+            name: [[float(step), _json_number(value)] for step, value in zip(*thin(series), strict=True)]
             for name, series in report.losses.items()
         },
         "per_class_recall": {name: estimate(recall) for name, recall in report.per_class_recall.items()},
@@ -128,12 +123,6 @@ def report_numbers(report: ReportData) -> dict[str, Any]:
         "confusion": None if report.confusion is None else report.confusion.tolist(),
         "limits": list(report.limits),
     }
-
-
-def plot_losses(series: LossSeries, path: Path) -> None:
-    """Write the curves as a PNG, one panel per name; the suffix of `path` may name another format of matplotlib."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _loss_figure(series, _Palette.light(background="white")).savefig(path, dpi=150)
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -167,26 +156,10 @@ def _finite(series: Sequence[tuple[int, float]]) -> NDArray[np.bool_]:
 # ---------------------------------------------------------------------------------------------- charts
 
 
-@dataclass(frozen=True)
-class _Palette:
-    ink: str
-    grid: str
-    line: str
-    background: str = "none"
-
-    @staticmethod
-    def light(background: str = "none") -> _Palette:
-        return _Palette(ink="#3d4852", grid="#dde3e8", line="#0b6e8f", background=background)
-
-    @staticmethod
-    def dark() -> _Palette:
-        return _Palette(ink="#b8c4ce", grid="#34404a", line="#5cc3e4")
-
-
 def _themed(draw: Callable[..., Figure], *arguments: Any) -> dict[str, Any]:
     """The figure in both palettes as data URIs, for <picture>; `width` in CSS pixels."""
     chart: dict[str, Any] = {}
-    for theme, palette in (("light", _Palette.light()), ("dark", _Palette.dark())):
+    for theme, palette in (("light", Palette.light()), ("dark", Palette.dark())):
         figure = draw(*arguments, palette)
         buffer = io.BytesIO()
         # a fixed salt and no date: the same numbers give the same bytes
@@ -197,43 +170,7 @@ def _themed(draw: Callable[..., Figure], *arguments: Any) -> dict[str, Any]:
     return chart
 
 
-def _style_axes(axes: Axes, palette: _Palette) -> None:
-    axes.set_facecolor("none")
-    axes.tick_params(colors=palette.ink, labelsize=8, length=3)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(palette.grid)
-
-
-def _loss_figure(series: LossSeries, palette: _Palette) -> Figure:
-    num_columns = min(3, max(1, len(series)))
-    num_rows = max(1, math.ceil(len(series) / num_columns))
-    figure = Figure(figsize=(3.6 * num_columns, 2.4 * num_rows), layout="constrained", facecolor=palette.background)
-    for position, (name, points) in enumerate(series.items()):
-        axes = figure.add_subplot(num_rows, num_columns, position + 1)
-        _style_axes(axes, palette)
-        steps, values = _thin(points)
-        axes.plot(steps, values, color=palette.line, linewidth=1.4, marker="o" if len(steps) == 1 else None)
-        axes.grid(color=palette.grid, linewidth=0.6)
-        axes.locator_params(nbins=5)
-        axes.yaxis.set_major_formatter("{x:g}")
-        # parse_math: a name is data, and "$" in it is no formula
-        axes.set_title(name, fontsize=9, color=palette.ink, loc="left", parse_math=False)
-        axes.set_xlabel("step", fontsize=8, color=palette.ink)
-    return figure
-
-
-def _thin(points: Sequence[tuple[int, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """At most MAX_CHART_POINTS points: long series as means of equal runs of steps. A run with a NaN stays a gap."""
-    curve = np.array(points, dtype=np.float64).reshape(-1, 2)
-    curve[~np.isfinite(curve)] = np.nan
-    if len(curve) > MAX_CHART_POINTS:
-        run_length = math.ceil(len(curve) / MAX_CHART_POINTS)  # one length for all, or the noise would seem to change
-        curve = np.array([curve[start : start + run_length].mean(axis=0) for start in range(0, len(curve), run_length)])
-    return curve[:, 0], curve[:, 1]
-
-
-def _confusion_figure(counts: NDArray[np.int64], classnames: Sequence[str], palette: _Palette) -> Figure:
+def _confusion_figure(counts: NDArray[np.int64], classnames: Sequence[str], palette: Palette) -> Figure:
     """Rows are shaded by their share, so that a rare class is as visible as a common one; cells hold counts."""
     num_classes = len(counts)
     shows_counts = num_classes <= 20
@@ -241,7 +178,7 @@ def _confusion_figure(counts: NDArray[np.int64], classnames: Sequence[str], pale
     label_side = 0.075 * max(len(name) for name in classnames) + 0.4
     figure = Figure(figsize=(side + label_side, side + label_side), layout="constrained", facecolor=palette.background)
     axes = figure.add_subplot()
-    _style_axes(axes, palette)
+    style_axes(axes, palette)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shade = LinearSegmentedColormap.from_list("share", [palette.line + "00", palette.line + "ff"])
     axes.imshow(shares, cmap=shade, vmin=0, vmax=1)
@@ -256,7 +193,7 @@ def _confusion_figure(counts: NDArray[np.int64], classnames: Sequence[str], pale
     axes.set_ylabel("true", fontsize=8, color=palette.ink)
     for row, column in np.argwhere(counts > 0) if shows_counts else ():
         # dark shade wants white in the light theme; the dark theme's shade is bright and wants black
-        on_shade = "#ffffff" if palette == _Palette.light() else "#0f1418"
+        on_shade = "#ffffff" if palette == Palette.light() else "#0f1418"
         colour = on_shade if shares[row, column] > 0.5 else palette.ink
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7.5, color=colour)
     return figure

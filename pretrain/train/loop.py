@@ -15,6 +15,7 @@ from pretrain.data.reader import read_batches
 from pretrain.distributed import comm
 from pretrain.distributed.engine import choose_device, initialise_process_group
 from pretrain.train.checkpoint import list_checkpoints, resume, save_checkpoint
+from pretrain.train.curves import loss_curves, plot_losses
 from pretrain.train.metrics import MetricsLog, reduce_terms
 from pretrain.train.schedule import learning_rate
 from pretrain.train.state import build_trainer
@@ -84,4 +85,6 @@ def train(config: TrainConfig) -> Path:
         if done % config.checkpoint_every == 0 or done == config.num_steps:
             save_checkpoint(trainer, done, reader.data.digest)
     log.close()
+    if comm.rank() == 0:
+        plot_losses(loss_curves(config.run_dir), config.run_dir / "loss_curves.png")
     return list_checkpoints(config.run_dir)[-1]

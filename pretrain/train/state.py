@@ -22,7 +22,7 @@ from pretrain.models.towers import PixelNormaliser, build_open_clip, build_token
 from pretrain.objectives.build import build_objectives, find_masked_latent
 from pretrain.train.step import Trainer
 
-_NUM_TEXTS_FOR_EDGES = 2000
+_NUM_SAMPLES_FOR_EDGES = 512
 
 
 def build_model(config: TrainConfig, load_pretrained: bool = True) -> tuple[DualEncoder, Teacher | None]:
@@ -50,9 +50,14 @@ def resolve_bucket_edges(config: TrainConfig, data: ShardedDataset, tokenizer: T
     if config.data.text_bucket_edges is not None:
         edges = sorted(set(config.data.text_bucket_edges) | {tokenizer.context_length})
         return tuple(edge for edge in edges if edge <= tokenizer.context_length)
-    positions = np.linspace(0, len(data) - 1, num=min(len(data), _NUM_TEXTS_FOR_EDGES // 4)).astype(int)
-    texts = {caption.text for position in positions for caption in data.read_sample(int(position)).captions}
-    lengths = np.array([len(ids) for ids in tokenizer.encode(sorted(texts))])
+    positions = np.linspace(0, len(data) - 1, num=min(len(data), _NUM_SAMPLES_FOR_EDGES)).astype(int)
+    num_batches = max(1, len(positions) // config.global_batch_size)
+    texts = [
+        text
+        for first in range(num_batches)  # as a batch has them: distinct within it, repeated over batches
+        for text in {c.text for position in positions[first::num_batches] for c in data.read_sample(position).captions}
+    ]
+    lengths = np.array([len(ids) for ids in tokenizer.encode(texts)])
     return choose_bucket_edges(lengths, config.data.num_text_buckets, tokenizer.context_length)
 
 

@@ -20,11 +20,11 @@ from pretrain.evaluation.report import (
     GalleryItem,
     MetricRow,
     ReportData,
-    plot_losses,
     report_numbers,
     write_report,
 )
 from pretrain.evaluation.statistics import Estimate
+from pretrain.train.curves import plot_losses
 
 ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;$x_1$ {{ 7 * 7 }}'
 VOID_TAGS = {"meta", "img", "source", "wbr", "circle", "line"}

@@ -157,10 +157,19 @@ def test_a_text_beyond_the_last_edge_is_an_error() -> None:
         pack(random_tokens([3, 65]), (16, 64), pad_id=0, trim=True)
 
 
-def test_bucket_edges_are_rounded_quantiles() -> None:
-    lengths = np.arange(1, 101)
-    assert choose_bucket_edges(lengths, 4, 128) == (32, 56, 80, 128)  # quartiles 25.75, 50.5, 75.25
-    assert choose_bucket_edges(lengths, 1, 77) == (77,)
-    assert choose_bucket_edges(lengths, 4, 64) == (32, 56, 64)  # never beyond the context
-    assert choose_bucket_edges(np.full(50, 16), 4, 64) == (16, 64)  # equal edges fall together
-    assert choose_bucket_edges(np.full(50, 17), 2, 64) == (24, 64)
+def test_bucket_edges_pad_to_the_fewest_tokens() -> None:
+    two_kinds = np.array([10] * 60 + [38] * 40)
+    assert choose_bucket_edges(two_kinds, 2, 128) == (16, 128)  # trimmed to 10 and to 38: nothing is padded
+    assert choose_bucket_edges(two_kinds, 1, 77) == (77,)
+    lengths = np.random.default_rng(0).integers(3, 64, size=300)
+
+    def padded(edges: tuple[int, ...]) -> int:
+        total, low = 0, 0
+        for edge in edges:
+            members = [n for n in lengths.tolist() if low < n <= edge]
+            total, low = total + len(members) * max(members, default=0), edge
+        return total
+
+    chosen = choose_bucket_edges(lengths, 3, 64)
+    assert len(chosen) == 3 and chosen[-1] == 64 and all(edge % 8 == 0 for edge in chosen)
+    assert padded(chosen) == min(padded((i, j, 64)) for i in range(8, 64, 8) for j in range(i + 8, 64, 8))
