@@ -29,7 +29,6 @@ class AugmentationConfig(Frozen):
 
 class DataConfig(Frozen):
     train_dir: Path  # folder with manifest.json
-    val_dir: Path | None = None
     num_workers: int = Field(default=1, ge=0)  # reader processes per rank; no effect on the sample order
     shards_per_block: PositiveInt = 16  # how many shards a window of the shuffle spans
     augmentation: AugmentationConfig = AugmentationConfig()
@@ -52,7 +51,7 @@ class ModelConfig(Frozen):
     freeze_text: bool = False
     #: running statistics instead of the batch's: the batch's would differ between ranks, and so would the loss
     freeze_batch_norm: bool = True
-    init_logit_scale: PositiveFloat = 14.285714  # 1 / 0.07
+    init_logit_scale: PositiveFloat | None = None  # None: of the pretrained weights, or 1 / 0.07
     max_logit_scale: PositiveFloat = 100.0
 
     @model_validator(mode="after")
@@ -74,7 +73,7 @@ class DiagnosisWeights(Frozen):
 class ClipObjective(Frozen):
     kind: Literal["clip"] = "clip"
     weight: PositiveFloat = 1.0
-    aspects: tuple[Aspect, ...] = (Aspect.CAPTION,)
+    aspects: tuple[Aspect, ...] = Field(default=(Aspect.CAPTION,), min_length=1)
     own_captions_as_negatives: bool = False
 
 
@@ -83,7 +82,7 @@ class MultiAspectObjective(Frozen):
 
     kind: Literal["multi_aspect"] = "multi_aspect"
     weight: PositiveFloat = 1.0
-    aspects: tuple[Aspect, ...] = ALL_ASPECTS
+    aspects: tuple[Aspect, ...] = Field(default=ALL_ASPECTS, min_length=1)
     diagnosis_weights: DiagnosisWeights | None = DiagnosisWeights()
     own_captions_as_negatives: bool = False
 
@@ -91,7 +90,7 @@ class MultiAspectObjective(Frozen):
 class LocalAlignmentObjective(Frozen):
     kind: Literal["local_alignment"] = "local_alignment"
     weight: PositiveFloat = 0.7
-    aspects: tuple[Aspect, ...] = SUBCAPTION_ASPECTS
+    aspects: tuple[Aspect, ...] = Field(default=SUBCAPTION_ASPECTS, min_length=1)
     diagnosis_weights: DiagnosisWeights | None = DiagnosisWeights()
     sigma: float = Field(default=0.3, ge=-1, lt=1)  # cosines below it select nothing; from scratch: 0
     text_to_region: bool = False
@@ -114,7 +113,7 @@ class BlockMask(Frozen):
     kind: Literal["block"] = "block"
     ratio: float = Field(default=0.5, gt=0, lt=1)
     min_num_patches: PositiveInt = 16
-    min_aspect_ratio: PositiveFloat = 0.3
+    min_aspect_ratio: float = Field(default=0.3, gt=0, le=1)
 
 
 class RandomMask(Frozen):
@@ -165,7 +164,7 @@ class EngineConfig(Frozen):
 
 
 class LaunchConfig(Frozen):
-    """For `dermvlp train`, which starts the ranks itself; under torchrun the launcher decides."""
+    """`num_ranks` is for `dermvlp train`, which starts the ranks itself; under torchrun the launcher decides."""
 
     num_ranks: PositiveInt = 1
     threads_per_rank: PositiveInt | None = None  # CPU threads of torch; None: torch's own choice

@@ -29,8 +29,9 @@ from pretrain.train.curves import loss_curves
 from pretrain.train.launch import launch
 
 _RECIPES = Path(__file__).parents[1] / "configs" / "pretrain"
+_MAX_EXPORT_DIFFERENCE = 1e-4
 _LIMITS = (
-    "A demonstration on two CPU cores: small towers, few steps, one seed. The numbers show that the whole way works, "
+    "A demonstration: small towers, few steps, one seed. The numbers show that the whole way works, "
     "not what the method can do.",
     "Not a medical device, and not fit for any decision about a person.",
     "Intervals are percentile bootstraps over lesions or patients; they do not cover another training run.",
@@ -61,8 +62,10 @@ def demo(source: str, recipe: str | None, out_dir: Path) -> int:
     recipe = recipe or str(_RECIPES / ("demo_synthetic.yaml" if is_synthetic else "demo_real.yaml"))
     run_dir = out_dir / data_config.name
     train_dir, val_dir = data_config.out_dir / "train", data_config.out_dir / "val"
-    overrides = [f"run_dir={run_dir}", f"data.train_dir={train_dir}", f"data.val_dir={val_dir}"]
+    overrides = [f"run_dir={run_dir}", f"data.train_dir={train_dir}"]
     config = load_config(recipe, overrides, TrainConfig)
+    if torch.cuda.is_available():  # the recipes are for two CPU cores
+        overrides.append(f"launch.num_ranks={min(config.launch.num_ranks, torch.cuda.device_count())}")
     print(f"{data_config.name}{' (synthetic images and captions, not medical data)' if is_synthetic else ''}, {recipe}")
 
     stage = _Stages()
@@ -87,6 +90,8 @@ def demo(source: str, recipe: str | None, out_dir: Path) -> int:
         folder = export(run_dir, run_dir / "export")
         difference = check_export(folder, encoder, val_data)
         print(f"{folder}: open_clip loads it; largest difference of a feature {difference:.1e}")
+        if difference > _MAX_EXPORT_DIFFERENCE:
+            raise RuntimeError(f"{folder}: open_clip gives other features than training did")
     with stage("report"):
         report_path = run_dir / "report.html"
         data = _report(
@@ -134,9 +139,7 @@ def _report(
         "objectives": ", ".join(f"{objective.kind} x {objective.weight:g}" for objective in config.objectives),
         "steps": f"{config.num_steps} of {config.global_batch_size} images",
         "engine": f"{config.engine.kind}, ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
-        f"{config.launch.num_ranks} rank(s), CPU"
-        if not torch.cuda.is_available()
-        else config.engine.kind,
+        f"{config.launch.num_ranks} rank(s), {'GPU' if torch.cuda.is_available() else 'CPU'}",
     }
     rows = [
         MetricRow(name, value, earlier[name], after.chance.get(name), is_share="median_rank" not in name)

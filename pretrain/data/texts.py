@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -80,7 +79,7 @@ def pack(tokens: Sequence[NDArray[np.int64]], bucket_edges: Sequence[int], pad_i
     inside the text tower (ZeRO-3) run the same number of forwards.
 
     Args:
-        tokens: untrimmed-of-meaning, unpadded ids, each at most `bucket_edges[-1]` long.
+        tokens: unpadded ids, each at most `bucket_edges[-1]` long.
         bucket_edges: ascending upper edges of the lengths, fixed for the run.
         trim: cut a bucket at its own longest text; else pad it to its edge.
 
@@ -113,14 +112,24 @@ def choose_bucket_edges(lengths: NDArray[np.int64], num_buckets: int, context_le
         lengths: token lengths of the distinct texts of a few batches (not of the manifest: short texts that stand
             in every batch count in each).
     """
-    candidates = range(8, context_length, 8)
+    edges = [*range(8, context_length, 8), context_length]
+    below = np.searchsorted(np.sort(lengths), [0, *edges], side="right")
+    ordered = np.concatenate([[0], np.sort(lengths)])
 
-    def padded_tokens(inner: tuple[int, ...]) -> int:
-        bucket = np.searchsorted(np.array([*inner, context_length]), lengths)
-        counts = np.bincount(bucket, minlength=len(inner) + 1)
-        longest = np.zeros(len(counts), dtype=np.int64)
-        np.maximum.at(longest, bucket, lengths)  # a bucket is trimmed to its longest text
-        return int((counts * longest).sum())
+    def padded_tokens(first: int, last: int) -> int:
+        """Of one bucket from edge `first` (exclusive, 0 = none) to edge `last`; it is trimmed to its longest text."""
+        return int((below[last] - below[first]) * ordered[below[last]])
 
-    choices = combinations(candidates, min(num_buckets - 1, len(candidates)))
-    return (*min(choices, key=padded_tokens), context_length)
+    # best[e] = (tokens, edges) of the texts up to edge e in at most so many buckets
+    best: dict[int, tuple[int, tuple[int, ...]]] = {
+        e: (padded_tokens(0, e), (edges[e - 1],)) for e in range(1, len(edges) + 1)
+    }
+    for _ in range(num_buckets - 1):
+        best = {
+            e: min(
+                [best[e]] + [(best[f][0] + padded_tokens(f, e), (*best[f][1], edges[e - 1])) for f in range(1, e)],
+                key=lambda choice: choice[0],
+            )
+            for e in best
+        }
+    return best[len(edges)][1]

@@ -1,4 +1,7 @@
-"""JPEG bytes to a square uint8 tensor. Normalisation happens on the device, where it costs nothing."""
+"""JPEG bytes to a square uint8 tensor for training. Normalisation happens on the device, where it costs nothing.
+
+Evaluation uses open_clip's own preprocessing (`pretrain.models.towers.eval_transform`).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from pretrain.config import AugmentationConfig
 ImageTransform = Callable[[bytes, int], Tensor]
 
 
-def _decode(jpeg: bytes) -> Image.Image:
+def decode(jpeg: bytes) -> Image.Image:
     with Image.open(io.BytesIO(jpeg)) as image:
         return image.convert("RGB")
 
@@ -46,22 +49,5 @@ class TrainTransform:
     def __call__(self, jpeg: bytes, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            image: Tensor = self._transform(_decode(jpeg))
-        return image
-
-
-class EvalTransform:
-    """Short side to `image_px`, centre crop: what open_clip's inference preprocessing does. The seed is ignored."""
-
-    def __init__(self, image_px: int) -> None:
-        self._transform = v2.Compose(
-            [
-                v2.Resize(image_px, interpolation=v2.InterpolationMode.BICUBIC),
-                v2.CenterCrop(image_px),
-                v2.PILToTensor(),
-            ]
-        )
-
-    def __call__(self, jpeg: bytes, seed: int = 0) -> Tensor:
-        image: Tensor = self._transform(_decode(jpeg))
+            image: Tensor = self._transform(decode(jpeg))
         return image

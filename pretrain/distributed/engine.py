@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
+from data_prep.errors import InputError
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.distributed import comm
 
@@ -45,6 +47,10 @@ class Engine(Protocol):
 
 def choose_device() -> torch.device:
     if torch.cuda.is_available():
+        if comm.local_rank() >= torch.cuda.device_count():
+            raise InputError(
+                f"launch.num_ranks: more ranks than the {torch.cuda.device_count()} GPU(s) of this machine"
+            )
         torch.cuda.set_device(comm.local_rank())
         return torch.device("cuda", comm.local_rank())
     return torch.device("cpu")
@@ -62,13 +68,19 @@ def initialise_process_group(device: torch.device, config: EngineConfig) -> None
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+_NO_DECAY = (
+    *("positional_embedding", "class_embedding", "pos_embed", "cls_token"),
+    *("position_embeddings.weight", "token_type_embeddings.weight"),
+)
+
+
 def decay_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """AdamW's groups: matrices decay; vectors, scalars and position and class embeddings do not."""
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.endswith(("positional_embedding", "class_embedding", "pos_embed"))
+            plain = parameter.ndim < 2 or name.endswith(_NO_DECAY)
             (no_decay if plain else decay).append(parameter)
     return [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
@@ -137,7 +149,7 @@ def deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig, micro_bat
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.grad_clip_norm or 0.0,
+        "gradient_clipping": optimizer.grad_clip_norm or 1e30,  # 0 would switch the norm off, which is logged
         "bf16": {"enabled": config.precision == "bf16"},
         "zero_optimization": {"stage": config.zero_stage},
         # torch's AdamW: the JSON "AdamW" and DeepSpeedCPUAdam compile C++ for minutes at the first start
@@ -177,6 +189,7 @@ class DeepSpeedEngine:
             config=deepspeed_config(optimizer, config, micro_batch_size),
         )
         self.module = self._engine.module
+        self._norm: Tensor | float = 0.0
 
     def __call__(self, *args: Any) -> dict[str, Any]:
         return self._engine(*args)
@@ -187,10 +200,14 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if self._zero_stage == 0:  # where DeepSpeed does not keep the norm
+            self._norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self._engine.step()
+        if self._zero_stage > 0:
+            self._norm = self._engine.get_global_grad_norm()
 
     def grad_norm(self) -> Tensor | float:
-        return self._engine.get_global_grad_norm() or 0.0
+        return self._norm
 
     @torch.no_grad()
     def clamp_(self, parameter: nn.Parameter, maximum: float) -> None:
@@ -220,9 +237,10 @@ class DeepSpeedEngine:
             raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint here")
 
 
-def full_tensors(engine: Engine, module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a part of the engine's module, by name, whole and fp32. All ranks call it."""
-    return {name: engine.full_tensor(parameter) for name, parameter in module.named_parameters()}
+def full_tensors(engine: Engine, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The fp32 parameters of a part of the engine's module by name, one whole one at a time. For all ranks at once."""
+    for name, parameter in module.named_parameters():
+        yield name, engine.full_tensor(parameter)
 
 
 def build_engine(

@@ -5,13 +5,14 @@ Shapes: N images, T texts, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file
 
 from data_prep.errors import InputError
@@ -20,11 +21,11 @@ from pretrain.config import TrainConfig
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.texts import pack
 from pretrain.data.tokenize import TextTokenizer
-from pretrain.data.transforms import EvalTransform
+from pretrain.data.transforms import decode
 from pretrain.models.dual_encoder import DualEncoder
-from pretrain.models.towers import PixelNormaliser, build_tokenizer, image_px
+from pretrain.models.towers import build_tokenizer, eval_transform
 from pretrain.train.checkpoint import checkpoint_config, list_checkpoints
-from pretrain.train.state import build_model
+from pretrain.train.state import build_dual_encoder
 
 _BATCH_SIZE = 64
 
@@ -35,8 +36,7 @@ class Encoder:
 
     model: DualEncoder
     tokenizer: TextTokenizer
-    transform: EvalTransform
-    normalise: PixelNormaliser
+    transform: Callable[[Image.Image], torch.Tensor]  # open_clip's inference preprocessing
     device: torch.device
 
     @property
@@ -51,8 +51,8 @@ class Encoder:
         with Progress("encoding images", unit="images", total=len(data)) as progress:
             for start in range(0, len(data), _BATCH_SIZE):
                 positions = range(start, min(start + _BATCH_SIZE, len(data)))
-                images = torch.stack([self.transform(data.read_image(position)) for position in positions])
-                image_BD, _ = self.model.encode_image(self.normalise(images.to(self.device)))
+                images = torch.stack([self.transform(decode(data.read_image(position))) for position in positions])
+                image_BD, _ = self.model.encode_image(images.to(self.device))
                 features.append(image_BD.float().cpu())
                 progress.advance(len(positions))
         return torch.cat(features).numpy()
@@ -78,16 +78,16 @@ class Encoder:
 
 def untrained_encoder(config: TrainConfig) -> Encoder:
     """The model that a run starts from."""
-    model, _ = build_model(config)
-    return _encoder(config, model)
+    return _encoder(config, build_dual_encoder(config))
 
 
 def load_encoder(run_or_checkpoint: Path) -> Encoder:
     """The newest checkpoint of a run, or the checkpoint named."""
     checkpoint = find_checkpoint(run_or_checkpoint)
     config = checkpoint_config(checkpoint)
-    model, _ = build_model(config, load_pretrained=False)
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    model = build_dual_encoder(config, load_pretrained=False)
+    state = load_file(checkpoint / "model.safetensors")
+    model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("predictor.")})
     return _encoder(config, model)
 
 
@@ -106,7 +106,6 @@ def _encoder(config: TrainConfig, model: DualEncoder) -> Encoder:
     return Encoder(
         model=model,
         tokenizer=build_tokenizer(config.model, model.text),
-        transform=EvalTransform(image_px(model.visual)),
-        normalise=PixelNormaliser(model.visual, device, torch.float32),
+        transform=eval_transform(model.visual),
         device=device,
     )

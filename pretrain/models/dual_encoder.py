@@ -50,6 +50,14 @@ class DualEncoder(nn.Module):
         self._frozen: list[nn.Module] = []
         self._freeze(config)
 
+    def check_batch_norm(self, world_size: int) -> None:
+        """Raises InputError where batch statistics would differ between ranks."""
+        learns = [m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if world_size > 1 and any(module not in self._frozen for module in learns) and self.visual not in self._frozen:
+            raise InputError(
+                "model.freeze_batch_norm: false on more than one rank: each would use its own batch's statistics"
+            )
+
     def require_droppable_patches(self) -> None:
         """Raises InputError for a tower that cannot encode a part of its patches."""
         if not isinstance(self.visual, TokenVisionTransformer):

@@ -6,6 +6,7 @@ Shapes: B images, P patches, V visible, M masked (V + M = P), W tower width, T t
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -106,10 +107,11 @@ class Teacher(nn.Module):
         return self.visual(image_BCHW, latents=True)
 
     @torch.no_grad()
-    def follow(self, student: dict[str, Tensor], momentum: float) -> None:
-        """Exponential moving average of the student's full fp32 tensors, by parameter name."""
-        for name, parameter in self.visual.named_parameters():
-            parameter.lerp_(student[name].to(parameter.device, parameter.dtype), 1.0 - momentum)
+    def follow(self, student: Iterable[tuple[str, Tensor]], momentum: float) -> None:
+        """Exponential moving average of the student's full fp32 tensors, named as the teacher's own."""
+        own = dict(self.visual.named_parameters())
+        for name, tensor in student:
+            own[name].lerp_(tensor.to(own[name].device, own[name].dtype), 1.0 - momentum)
 
 
 def ema_teacher(student: TokenVisionTransformer) -> Teacher:

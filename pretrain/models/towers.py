@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,9 @@ import transformers
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import PatchDropout, TextTransformer, VisionTransformer
+from PIL import Image
 from torch import Tensor
 
 from data_prep.errors import InputError
@@ -39,8 +41,6 @@ PACKAGE_PREFIX = "package:"  # "package:NAME/folder": files that an installed Py
 
 class TokenVisionTransformer(VisionTransformer):
     """open_clip's ViT. Can encode a subset of its patches, and give patch features in the joint space."""
-
-    can_drop_patches = True
 
     @property
     def has_linear_pooling(self) -> bool:
@@ -70,8 +70,6 @@ class TokenVisionTransformer(VisionTransformer):
 
 class TokenTimmModel(TimmModel):
     """open_clip's adapter of a timm tower: a feature map's places (or a ViT's tokens) are its patches."""
-
-    can_drop_patches = False
 
     @property
     def has_linear_pooling(self) -> bool:
@@ -157,6 +155,7 @@ def build_open_clip(config: ModelConfig, load_pretrained: bool = True) -> Custom
     `load_pretrained=False` leaves the weights that a checkpoint will overwrite unread.
     """
     tower_config = read_tower_config(config.name)
+    _check_quick_gelu(config, tower_config)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         name = "dermvlp-" + Path(config.name).stem
         path = Path(folder) / f"{name}.json"
@@ -169,13 +168,27 @@ def build_open_clip(config: ModelConfig, load_pretrained: bool = True) -> Custom
             force_custom_text=True,
             nonscalar_logit_scale=True,  # DeepSpeed refuses parameters without dimensions
         )
-    if config.pretrained is None:
+    model.logit_bias = None  # of the sigmoid loss, which is not among the objectives
+    if config.init_logit_scale is not None:
         with torch.no_grad():
             model.logit_scale.fill_(math.log(config.init_logit_scale))
     set_model_preprocess_cfg(model, {**model.visual.preprocess_cfg, **tower_config.preprocess_cfg})
     if load_pretrained and config.image_weights == "efficientnet_lite0":
         _load_efficientnet_lite0(model.visual)
     return model
+
+
+def _check_quick_gelu(config: ModelConfig, towers: TowerConfig) -> None:
+    """open_clip only warns when weights trained with QuickGELU are loaded into a model with GELU."""
+    if config.pretrained is None:
+        return
+    wanted = bool(open_clip.get_pretrained_cfg(config.name, config.pretrained).get("quick_gelu", False))
+    if wanted != bool(towers.model_cfg.get("quick_gelu", False)):
+        other = f"{config.name}-quickgelu" if wanted else config.name.removesuffix("-quickgelu")
+        raise InputError(
+            f"model.name: the weights {config.pretrained!r} were trained with another activation than {config.name}; "
+            f"use model.name: {other}"
+        )
 
 
 @contextlib.contextmanager
@@ -208,6 +221,8 @@ def expose_tokens(visual: nn.Module) -> TokenVisionTransformer | TokenTimmModel:
     """Give an open_clip image tower a forward that returns (image features, patch features)."""
     if isinstance(getattr(visual, "patch_dropout", None), PatchDropout):
         raise InputError("model.name: vision_cfg.patch_dropout loses track of which patch is where; remove it")
+    if getattr(getattr(visual, "trunk", None), "output_fmt", "NCHW") != "NCHW":
+        raise InputError("model.name: towers whose feature maps end in channels (Swin) are not supported")
     token_class: Any = {VisionTransformer: TokenVisionTransformer, TimmModel: TokenTimmModel}.get(type(visual))
     if token_class is None:
         raise InputError(
@@ -228,26 +243,36 @@ def build_tokenizer(config: ModelConfig, text_tower: nn.Module) -> TextTokenizer
     text_cfg = resolve_packages(read_tower_config(config.name).model_cfg)["text_cfg"]
     context_length = int(text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH))
     kwargs = text_cfg.get("tokenizer_kwargs", {})
+    ends_apart = True
     if text_cfg.get("hf_tokenizer_name"):
         tokenizer: Any = open_clip.tokenizer.HFTokenizer(
             text_cfg["hf_tokenizer_name"], context_length=context_length, **kwargs
         )
         pad_id = tokenizer.tokenizer.pad_token_id
+        ends_apart = pad_id != tokenizer.tokenizer.eos_token_id
     else:
         tokenizer, pad_id = open_clip.SimpleTokenizer(context_length=context_length, **kwargs), 0
-    return TextTokenizer(tokenizer, context_length, int(pad_id), _can_trim(text_tower))
+    return TextTokenizer(tokenizer, context_length, int(pad_id), _can_trim(text_tower, ends_apart))
 
 
-def _can_trim(text: nn.Module) -> bool:
-    """True for a padding mask (HF towers) and for causal towers pooled at the end token."""
+def _can_trim(text: nn.Module, ends_apart: bool) -> bool:
+    """True for a padding mask (HF towers whose end token is no padding) and causal towers pooled at the end token."""
     if isinstance(text, HFTextEncoder):
-        return True
+        return ends_apart
     return text.attn_mask is not None and text.pool_type in ("argmax", "eos") and text.cls_emb is None
 
 
 def image_px(visual: Any) -> int:
     size = visual.image_size
     return int(size[0] if isinstance(size, tuple | list) else size)
+
+
+def eval_transform(visual: Any) -> Callable[[Image.Image], Tensor]:
+    """open_clip's own inference preprocessing of a tower: picture to normalised (3, px, px)."""
+    transform: Callable[[Image.Image], Tensor] = image_transform_v2(
+        PreprocessCfg(**visual.preprocess_cfg), is_train=False
+    )
+    return transform
 
 
 class PixelNormaliser:

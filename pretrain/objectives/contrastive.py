@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from data_prep.schema import ASPECT_CODE, ASPECTS, NO_ASPECT_CODE, Aspect
+from data_prep.schema import ASPECT_CODE, NO_ASPECT_CODE, Aspect
 from pretrain.config import ClipObjective, DiagnosisWeights, LocalAlignmentObjective, MultiAspectObjective
 from pretrain.distributed import comm
 from pretrain.losses.contrastive import column_loss_sum, ownership, row_losses
@@ -166,8 +166,3 @@ class LocalAlignment:
             (weight_NK * share.in_share_NK).reshape(N * K, 1),
         )
         return comm.world_size() * total / weight_NK.sum().clamp_min(torch.finfo(weight_NK.dtype).tiny)
-
-
-def subcaption_weights(features: Features, guided: DiagnosisWeights) -> Tensor:
-    """(B, K) weights as `multi_aspect` uses them, for reports."""
-    return slot_weights(features, ASPECTS, guided)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import open_clip
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
 from pretrain.data.manifest import ShardedDataset
+from pretrain.data.transforms import decode
 from pretrain.evaluation.embed import Encoder, find_checkpoint
 from pretrain.models.towers import build_open_clip, read_tower_config, resolve_packages
 from pretrain.train.checkpoint import checkpoint_config
@@ -40,6 +39,7 @@ def export(run_or_checkpoint: Path, out_dir: Path) -> Path:
     save_file(state, out_dir / "open_clip_model.safetensors", metadata={"format": "pt"})
     model_cfg = dict(read_tower_config(config.model.name).model_cfg)
     model_cfg["custom_text"] = True
+    model_cfg.pop("init_logit_bias", None)
     if "hf_model_name" in model_cfg["text_cfg"]:
         model_cfg["text_cfg"] = _export_hf_text(model, model_cfg, out_dir)
     document = {"model_cfg": model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
@@ -78,11 +78,11 @@ def check_export(folder: Path, encoder: Encoder, data: ShardedDataset, num_sampl
     model.eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     positions = range(min(num_samples, len(data)))
-    pictures = [Image.open(io.BytesIO(data.read_image(position))).convert("RGB") for position in positions]
+    pictures = [decode(data.read_image(position)) for position in positions]
     texts = [data.read_sample(position).caption for position in positions]
     theirs = model.encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
-    ours = torch.stack([encoder.transform(data.read_image(position)) for position in positions])
-    image_BD, _ = encoder.model.encode_image(encoder.normalise(ours.to(encoder.device)))
+    ours = torch.stack([encoder.transform(picture) for picture in pictures])
+    image_BD, _ = encoder.model.encode_image(ours.to(encoder.device))
     text_BD = torch.from_numpy(encoder.encode_texts(texts))
     image_difference = (theirs - image_BD.cpu()).abs().max()
     text_difference = (model.encode_text(tokenizer(texts), normalize=True) - text_BD).abs().max()

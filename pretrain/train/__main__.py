@@ -19,13 +19,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         train(load_config(arguments.config, arguments.overrides, TrainConfig))
-    except InputError as error:
-        if comm.rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: rank {comm.rank()}: {error}", file=sys.stderr)
-        return 1
+    except (InputError, OSError) as error:
+        # an error can be one rank's alone (a damaged file that only it reads), so each says its own
+        who = f"rank {comm.rank()}: " if comm.world_size() > 1 else ""
+        print(f"error: {who}{error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, InputError) else 1
     finally:
         comm.shut_down()
     return 0

@@ -4,8 +4,8 @@
         meta.json          step, resolved config, data, ranks, size of every file; written last
         model.safetensors  fp32 weights of the whole module: for evaluation and export
         model.json         the towers, as a model config: the checkpoint can be read after configs/models/ changed
-        teacher.safetensors  the EMA teacher, where there is one
-        engine.../           what the engine needs to go on (DeepSpeed's files, or torch_engine.pt)
+        teacher.safetensors  where there is an EMA teacher
+        engine/, or torch_engine.pt: what DeepSpeed, or the plain engine, needs to go on
 
 Every rank writes into `step-N.partial`; when all agree, rank 0 lists the files in meta.json and renames the folder.
 A folder with the final name is whole, whatever was killed, so resume takes the newest.
@@ -34,22 +34,28 @@ from pretrain.models.towers import read_tower_config
 from pretrain.train.step import Trainer
 
 #: what may differ between the run that wrote a checkpoint and the one that goes on: it does not change the result
-_FREE_KEYS = {"run_dir", "log_every", "checkpoint_every", "keep_checkpoints", "launch", "data.num_workers"}
+#: (what the paths lead to is compared by content: the data by its digest, the towers by their config)
+_FREE_KEYS = {
+    *("run_dir", "log_every", "checkpoint_every", "keep_checkpoints", "launch"),
+    *("data.num_workers", "data.train_dir", "model.name"),
+}
 
 
 def save_checkpoint(trainer: Trainer, step: int, data_digest: str) -> Path:
     """`step` steps are done. All ranks call it. Raises OSError on every rank when one could not write."""
     final = _folder(trainer.config.run_dir, step)
     partial = final.with_suffix(".partial")
-    if comm.rank() == 0:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    comm.barrier()
-    _on_all_ranks(partial, lambda: trainer.engine.save(partial))
-    model_state = _full_state(trainer)
-    if_main = (lambda: _write_shared(trainer, partial, model_state, step, data_digest)) if comm.rank() == 0 else None
-    _on_all_ranks(partial, if_main)
-    if comm.rank() == 0:
+
+    def write_own() -> None:
+        trainer.engine.save(partial)
+        for path in partial.rglob("*"):  # each rank: another node's cache is not flushed from here
+            _fsync(path)
+
+    def publish() -> None:
         for path in partial.rglob("*"):
             _fsync(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -57,8 +63,17 @@ def save_checkpoint(trainer: Trainer, step: int, data_digest: str) -> Path:
         _fsync(final.parent)
         for old in list_checkpoints(trainer.config.run_dir)[: -trainer.config.keep_checkpoints]:
             shutil.rmtree(old)
-    comm.barrier()
+
+    _on_rank_0(partial, begin)
+    _on_all_ranks(partial, write_own)
+    model_state = _full_state(trainer)
+    _on_rank_0(partial, lambda: _write_shared(trainer, partial, model_state, step, data_digest))
+    _on_rank_0(partial, publish)
     return final
+
+
+def _on_rank_0(folder: Path, write: Callable[[], None]) -> None:
+    _on_all_ranks(folder, write if comm.rank() == 0 else None)
 
 
 def _on_all_ranks(folder: Path, write: Callable[[], None] | None) -> None:
@@ -67,7 +82,7 @@ def _on_all_ranks(folder: Path, write: Callable[[], None] | None) -> None:
     try:
         if write is not None:
             write()
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by RuntimeError
         problem = OSError(str(error))
     if not comm.all_agree(problem is None):
         raise OSError(f"{folder}: the checkpoint could not be written ({problem or 'on another rank'}); disk full?")
@@ -78,6 +93,7 @@ def _write_shared(
 ) -> None:
     save_file(model_state, folder / "model.safetensors")
     towers = asdict(read_tower_config(trainer.config.model.name))
+    towers["preprocess_cfg"] = trainer.model.visual.preprocess_cfg  # of the pretrained weights, where there were some
     (folder / "model.json").write_text(json.dumps(towers, indent=1), encoding="utf-8")
     if trainer.teacher is not None and trainer.ema is not None:
         save_file(_contiguous(trainer.teacher.state_dict()), folder / "teacher.safetensors")
@@ -94,11 +110,13 @@ def _write_shared(
 
 
 def _full_state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """fp32 parameters and buffers of the module; all ranks call it."""
-    buffers = dict(trainer.engine.module.named_buffers())
-    persistent = trainer.engine.module.state_dict().keys()
-    buffers = {name: buffer for name, buffer in buffers.items() if name in persistent}
-    return _contiguous({**buffers, **full_tensors(trainer.engine, trainer.engine.module)})
+    """On rank 0 the fp32 parameters and buffers of the module; all ranks call it and hold one parameter at a time."""
+    module, state = trainer.engine.module, {}
+    persistent = module.state_dict().keys()
+    for name, tensor in full_tensors(trainer.engine, module):
+        if comm.rank() == 0:
+            state[name] = tensor.cpu()
+    return _contiguous(state | {name: b for name, b in module.named_buffers() if name in persistent})
 
 
 def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -155,9 +173,10 @@ def find_resumable(config: TrainConfig, data_digest: str, num_ranks: int) -> tup
         return None
     newest = checkpoints[-1]
     meta = read_meta(newest)
+    config = _with_edges(config, meta)
     ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(meta["config"])
-    ours |= _flatten(asdict(read_tower_config(config.model.name)), "towers")
-    theirs |= _flatten(json.loads((newest / "model.json").read_text(encoding="utf-8")), "towers")
+    ours |= _flatten(read_tower_config(config.model.name).model_cfg, "towers")
+    theirs |= _flatten(json.loads((newest / "model.json").read_text(encoding="utf-8"))["model_cfg"], "towers")
     differences = [
         f"  {key}: {theirs.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
         for key in sorted(ours.keys() | theirs.keys())
@@ -177,9 +196,34 @@ def find_resumable(config: TrainConfig, data_digest: str, num_ranks: int) -> tup
     return newest, int(meta["step"])
 
 
+def _with_edges(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
+    """Where the config leaves the text buckets' edges open, those of the run: a resume must not choose anew."""
+    if config.data.text_bucket_edges is not None:
+        return config
+    edges = meta["config"]["data"]["text_bucket_edges"]
+    return config.model_copy(update={"data": config.data.model_copy(update={"text_bucket_edges": tuple(edges)})})
+
+
+def with_edges_of_checkpoint(config: TrainConfig) -> TrainConfig:
+    checkpoints = comm.from_rank_0(list_checkpoints(config.run_dir))
+    return _with_edges(config, read_meta(checkpoints[-1])) if checkpoints else config
+
+
 def resume(trainer: Trainer, data_digest: str) -> int:
-    """Load the newest checkpoint of the run, if it has one. Returns the number of steps already done."""
-    found = find_resumable(trainer.config, data_digest, comm.world_size())
+    """Load the newest checkpoint of the run, if it has one. Returns the number of steps already done.
+
+    Rank 0 chooses for all: a shared file system can show other ranks an older state.
+    """
+    problem: InputError | None = None
+    found: tuple[Path, int] | None = None
+    if comm.rank() == 0:
+        try:
+            found = find_resumable(trainer.config, data_digest, comm.world_size())
+        except InputError as error:
+            problem = error
+    found, problem = comm.from_rank_0((found, problem))
+    if problem is not None:
+        raise problem
     if found is None:
         return 0
     newest, step = found

@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 
 from data_prep.config import dump_yaml
+from data_prep.errors import InputError
+from data_prep.shards import write_atomically
 from pretrain.config import TrainConfig
 from pretrain.data.batch import Batch
 from pretrain.data.plan import order_digest
 from pretrain.data.reader import BatchDataset, read_batches
 from pretrain.distributed import comm
 from pretrain.distributed.engine import choose_device, initialise_process_group
-from pretrain.train.checkpoint import list_checkpoints, resume, save_checkpoint
+from pretrain.train.checkpoint import list_checkpoints, resume, save_checkpoint, with_edges_of_checkpoint
 from pretrain.train.curves import loss_curves, plot_losses
 from pretrain.train.metrics import MetricsLog, reduce_terms
 from pretrain.train.schedule import learning_rate
@@ -32,7 +34,7 @@ def train(config: TrainConfig) -> Path:
     if device.type == "cpu" and config.launch.threads_per_rank is not None:
         torch.set_num_threads(config.launch.threads_per_rank)
     initialise_process_group(device, config.engine)
-    trainer, reader = build_trainer(config, device)
+    trainer, reader = build_trainer(with_edges_of_checkpoint(config), device)
     first_step = resume(trainer, reader.data.digest)
     log = _open_log(trainer, reader, first_step)
     batches = read_batches(reader, first_step, config.num_steps, config.data.num_workers, pin=device.type == "cuda")
@@ -54,6 +56,7 @@ def train(config: TrainConfig) -> Path:
             window = _Window(done)
         if done % config.checkpoint_every == 0 or done == config.num_steps:
             save_checkpoint(trainer, done, reader.data.digest)
+            window = _Window(done)
     log.close()
     if comm.rank() == 0:
         plot_losses(loss_curves(config.run_dir), config.run_dir / "loss_curves.png")
@@ -61,19 +64,18 @@ def train(config: TrainConfig) -> Path:
 
 
 def _open_log(trainer: Trainer, reader: BatchDataset, first_step: int) -> MetricsLog:
-    """Writes the resolved config (with the bucket edges that were chosen) and says what the run starts from."""
-    config, edges = trainer.config, reader.spec.bucket_edges
+    """Writes the resolved config and says what the run starts from."""
+    config = trainer.config
     config.run_dir.mkdir(parents=True, exist_ok=True)
     if comm.rank() == 0:
-        resolved = config.model_copy(update={"data": config.data.model_copy(update={"text_bucket_edges": edges})})
-        (config.run_dir / "config.yaml").write_text(dump_yaml(resolved), encoding="utf-8")
+        write_atomically(config.run_dir / "config.yaml", dump_yaml(config).encode())
     # under ZeRO-3 a parameter holds this rank's part; DeepSpeed notes the whole
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
     log = MetricsLog(config.run_dir, first_step, config.num_steps)
     log.say(
         f"{num_parameters / 1e6:.1f} M parameters, {len(reader.data)} samples, "
         f"{reader.steps_per_epoch} steps an epoch, {comm.world_size()} rank(s), from step {first_step}, "
-        f"text buckets {edges}"
+        f"text buckets {reader.spec.bucket_edges}"
     )
     return log
 
@@ -97,12 +99,14 @@ def _state_values(trainer: Trainer, batch: Batch, step: int) -> dict[str, float]
         "lr": learning_rate(trainer.config.optimizer, step, trainer.config.num_steps),
         "logit_scale": math.exp(float(trainer.engine.full_tensor(trainer.model.logit_scale))),
         "grad_norm": float(trainer.engine.grad_norm()),
-        "truncated_texts": float(batch.num_truncated),
+        "truncated_texts": float(comm.sum_over_ranks(torch.tensor([batch.num_truncated]))),
     }
 
 
 def _check_values(done: int, values: dict[str, float], log: MetricsLog) -> None:
     if not math.isfinite(values["loss"]):
-        raise FloatingPointError(f"step {done}: the loss is {values['loss']}; lower optimizer.lr or resume earlier")
+        raise InputError(
+            f"step {done}: the loss is {values['loss']}; lower optimizer.lr, or remove the newest checkpoints and go on"
+        )
     if values.get("local_alignment/selected_fraction") == 0.0:
         log.say("warning: local_alignment selects no patch (sigma too high for these towers?) and learns nothing")

@@ -12,6 +12,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from data_prep.errors import InputError
+from data_prep.shards import write_atomically
 from pretrain.distributed import comm
 from pretrain.objectives.base import Term
 
@@ -35,7 +37,16 @@ def reduce_terms(loss: Tensor, terms: dict[str, Term]) -> dict[str, float]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """The records; a last line that was torn by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise InputError(f"{path}: line {number} is not JSON; remove it to go on") from None
+    return records
 
 
 class MetricsLog:
@@ -49,11 +60,9 @@ class MetricsLog:
         if not self._is_main:
             return
         path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= first_step]
-        self._file = path.open("w", encoding="utf-8")
-        for line in kept:
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        kept = [record for record in read_metrics(path) if record["step"] <= first_step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._file = path.open("a", encoding="utf-8")
         self._num_steps = num_steps
         self._started, self._first_step = time.monotonic(), first_step
         self._bar: Progress | None = None

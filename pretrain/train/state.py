@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from data_prep.errors import InputError
 from pretrain.config import EmaTeacher, FrozenTeacher, TrainConfig
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.masks import check_mask
@@ -25,22 +26,26 @@ from pretrain.train.step import Trainer
 _NUM_SAMPLES_FOR_EDGES = 512
 
 
-def build_model(config: TrainConfig, load_pretrained: bool = True) -> tuple[DualEncoder, Teacher | None]:
+def build_dual_encoder(config: TrainConfig, load_pretrained: bool = True) -> DualEncoder:
     """Weights are drawn from the config's seed, so every rank starts equal. CPU, fp32."""
     torch.manual_seed(config.seed)
     needs_patches = any(objective.kind == "local_alignment" for objective in config.objectives)
     embed_dim = int(read_tower_config(config.model.name).model_cfg["embed_dim"])
-    model = DualEncoder(build_open_clip(config.model, load_pretrained), config.model, embed_dim, needs_patches)
+    return DualEncoder(build_open_clip(config.model, load_pretrained), config.model, embed_dim, needs_patches)
+
+
+def add_masked_latent(model: DualEncoder, config: TrainConfig) -> Teacher | None:
+    """Gives the model its predictor and returns the teacher, where there is a masked-latent term."""
     masked = find_masked_latent(config.objectives)
     if masked is None:
-        return model, None
+        return None
     model.require_droppable_patches()
     if isinstance(masked.teacher, FrozenTeacher):
         teacher = frozen_teacher(masked.teacher, tuple(model.visual.grid_size))
     else:
         teacher = ema_teacher(model.visual)
     model.add_predictor(masked, teacher.visual.token_width)
-    return model, teacher
+    return teacher
 
 
 def resolve_bucket_edges(config: TrainConfig, data: ShardedDataset, tokenizer: TextTokenizer) -> tuple[int, ...]:
@@ -49,7 +54,11 @@ def resolve_bucket_edges(config: TrainConfig, data: ShardedDataset, tokenizer: T
         return (tokenizer.context_length,)
     if config.data.text_bucket_edges is not None:
         edges = sorted(set(config.data.text_bucket_edges) | {tokenizer.context_length})
-        return tuple(edge for edge in edges if edge <= tokenizer.context_length)
+        if edges[-1] > tokenizer.context_length:
+            raise InputError(
+                f"data.text_bucket_edges: {edges[-1]} is over the tokenizer's context of {tokenizer.context_length}"
+            )
+        return tuple(edges)
     positions = np.linspace(0, len(data) - 1, num=min(len(data), _NUM_SAMPLES_FOR_EDGES)).astype(int)
     num_batches = max(1, len(positions) // config.global_batch_size)
     texts = [
@@ -80,14 +89,18 @@ def build_reader(config: TrainConfig, model: DualEncoder, tokenizer: TextTokeniz
 
 
 def build_trainer(config: TrainConfig, device: torch.device) -> tuple[Trainer, BatchDataset]:
-    model, teacher = build_model(config)
+    model = build_dual_encoder(config)
+    model.check_batch_norm(comm.world_size())
+    teacher = add_masked_latent(model, config)
     reader = build_reader(config, model, build_tokenizer(config.model, model.text))
     model.train()
     engine = build_engine(model, config.optimizer, config.engine, config.global_batch_size // comm.world_size(), device)
     dtype = model.logit_scale.dtype
     masked = find_masked_latent(config.objectives)
+    edges = reader.spec.bucket_edges
     trainer = Trainer(
-        config=config,
+        # with the edges that were chosen, so that the checkpoint and the run's config.yaml hold them
+        config=config.model_copy(update={"data": config.data.model_copy(update={"text_bucket_edges": edges})}),
         engine=engine,
         model=model,
         normalise=PixelNormaliser(model.visual, device, dtype),

@@ -1,4 +1,8 @@
-"""One training step, to be read in one sitting. Nothing in it waits for the device."""
+"""One training step, to be read in one sitting.
+
+Nothing of ours in it waits for the device. (DeepSpeed reads a few scalars in its own step, and a transformers text
+tower looks at its padding mask.)
+"""
 
 from __future__ import annotations
 

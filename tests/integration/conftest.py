@@ -14,7 +14,7 @@ def run_config(prepared_dir: Path, tiny_model_path: Path, tmp_path: Path) -> dic
     """The YAML of a run, as a dictionary to change."""
     return {
         "run_dir": str(tmp_path / "run"),
-        "data": {"train_dir": str(prepared_dir / "train"), "val_dir": str(prepared_dir / "val"), "num_workers": 0},
+        "data": {"train_dir": str(prepared_dir / "train"), "num_workers": 0},
         "model": {"name": str(tiny_model_path)},
         "objectives": [
             {"kind": "clip"},
@@ -41,3 +41,8 @@ def run_config(prepared_dir: Path, tiny_model_path: Path, tmp_path: Path) -> dic
 def write_config(path: Path, config: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def val_dir(config: dict[str, Any]) -> str:
+    """The validation split beside the run's training split."""
+    return str(Path(config["data"]["train_dir"]).parent / "val")

@@ -15,7 +15,7 @@ from pretrain.cli import main
 from pretrain.data.manifest import ShardedDataset
 from pretrain.evaluation.embed import load_encoder
 from pretrain.publish.export import check_export, export
-from tests.integration.conftest import write_config
+from tests.integration.conftest import val_dir, write_config
 
 HF_TOWERS = {
     "model_cfg": {
@@ -48,7 +48,7 @@ def trained(config: dict[str, Any], folder: Path) -> Path:
 def test_vit_and_clip_text_round_trip(run_config: dict[str, Any], tmp_path: Path) -> None:
     run_dir = trained(run_config, tmp_path)
     folder = export(run_dir, tmp_path / "export")
-    data = ShardedDataset(run_config["data"]["val_dir"])
+    data = ShardedDataset(val_dir(run_config))
     assert check_export(folder, load_encoder(run_dir), data) < 1e-5
     assert {path.name for path in folder.iterdir()} >= {"open_clip_config.json", "open_clip_model.safetensors"}
     exported = load_file(folder / "open_clip_model.safetensors")
@@ -82,7 +82,7 @@ def test_convolution_and_hf_text_round_trip(run_config: dict[str, Any], tmp_path
     assert "text.proj.weight" in moved and not any(name.startswith("text.transformer") for name in moved)
     assert any(name.startswith("visual.trunk") for name in moved)
     folder = export(run_dir, tmp_path / "export")
-    assert check_export(folder, encoder, ShardedDataset(run_config["data"]["val_dir"])) < 1e-5
+    assert check_export(folder, encoder, ShardedDataset(val_dir(run_config))) < 1e-5
 
 
 def test_model_config_edited_after_training_does_not_matter(
@@ -105,7 +105,7 @@ def test_evaluate_command_prints_intervals_and_writes_json(
     run_dir = trained(run_config, tmp_path)
     capsys.readouterr()
     out = tmp_path / "numbers.json"
-    assert main(["evaluate", str(run_dir), "--data", run_config["data"]["val_dir"], "--out", str(out)]) == 0
+    assert main(["evaluate", str(run_dir), "--data", val_dir(run_config), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     numbers = json.loads(out.read_text())
     for part, name in (("zero_shot", "balanced_accuracy"), ("zero_shot", "auroc"), ("retrieval", "mean_recall")):

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from pretrain.cli import main
-from tests.integration.conftest import write_config
+from tests.integration.conftest import val_dir, write_config
 
 
 @pytest.fixture
@@ -146,4 +146,4 @@ def test_unknown_model_and_missing_run(
 ) -> None:
     config = write_config(tmp_path / "run.yaml", run_config)
     assert "open_clip" in refused(capsys, "train", config, "model.name=ViT-Z-99")
-    assert "no checkpoint" in refused(capsys, "evaluate", tmp_path, "--data", run_config["data"]["val_dir"])
+    assert "no checkpoint" in refused(capsys, "evaluate", tmp_path, "--data", val_dir(run_config))

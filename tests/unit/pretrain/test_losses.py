@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import open_clip
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from data_prep.schema import SUBCAPTION_ASPECTS, Aspect
 from pretrain.config import ClipObjective, DiagnosisWeights, LocalAlignmentObjective, MultiAspectObjective
 from pretrain.losses.masked_latent import cosine_distance, normalised_smooth_l1
+from pretrain.losses.weights import diagnosis_guided
 from pretrain.objectives.build import build_objectives
 from pretrain.objectives.features import gather_features
 from tests.reference import loops
@@ -134,9 +137,18 @@ def test_no_patch_over_sigma_gives_no_loss_and_is_counted() -> None:
 
 
 def test_the_closest_subcaption_weighs_one_and_the_least_at_least_exp_minus_two() -> None:
-    case = make_case()
-    for image in weights(case, 1.0, SUBCAPTIONS):
-        assert max(image) == pytest.approx(1.0) and min(image) >= 0.1353
+    """At temperature 1; slots that are no sub-captions, and images without a diagnosis, weigh one."""
+    generator = torch.Generator().manual_seed(3)
+    text_BKD = torch.nn.functional.normalize(torch.randn(50, 6, 4, generator=generator), dim=-1)
+    is_subcaption_BK = torch.rand(50, 6, generator=generator) < 0.7
+    has_diagnosis_B = torch.arange(50) % 5 != 0
+    weight_BK = diagnosis_guided(text_BKD, text_BKD[:, 0], has_diagnosis_B, is_subcaption_BK, temperature=1.0)
+    guided_BK = is_subcaption_BK & has_diagnosis_B.unsqueeze(1)
+    assert torch.all(weight_BK[~guided_BK] == 1)
+    for weights_K, guided_K in zip(weight_BK, guided_BK, strict=True):
+        if guided_K.any():
+            assert weights_K[guided_K].max() == 1 and weights_K[guided_K].min() >= math.exp(-2)
+    assert (weight_BK < 0.5).any()
 
 
 def test_masked_latent_losses_against_loops() -> None:

@@ -22,7 +22,8 @@ from pretrain.data.batch import Batch
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.reader import BatchDataset, ReaderSpec, read_batches
 from pretrain.data.tokenize import TextTokenizer
-from pretrain.data.transforms import EvalTransform, TrainTransform
+from pretrain.data.transforms import TrainTransform
+from tests.unit.pretrain.plain_transform import PlainTransform
 
 SPEC = ReaderSpec(
     seed=3,
@@ -109,11 +110,11 @@ def test_tokens_are_those_of_the_samples_captions(prepared_dir: Path, world_size
 
 def test_images_are_the_samples_images(prepared_dir: Path) -> None:
     dataset = reader(prepared_dir / "train")
-    dataset.transform = EvalTransform(48)
+    dataset.transform = PlainTransform(48)
     batch = dataset[0]
     assert batch.image_BCHW.shape == (12, 3, 48, 48) and batch.image_BCHW.dtype == torch.uint8
     for image, position in zip(batch.image_BCHW, batch.sample_B.tolist(), strict=True):
-        assert torch.equal(image, EvalTransform(48)(dataset.data.read_image(position)))
+        assert torch.equal(image, PlainTransform(48)(dataset.data.read_image(position)))
 
 
 def test_masks_part_the_patches(prepared_dir: Path) -> None:

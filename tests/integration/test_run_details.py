@@ -1,0 +1,128 @@
+"""What the keys of a run's config do, and what happens around a run: one behaviour a test."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.cli import main
+from pretrain.data.manifest import ShardedDataset
+from pretrain.data.plan import epoch_order
+from pretrain.evaluation.embed import load_encoder
+from pretrain.publish.export import check_export, export
+from pretrain.train.checkpoint import list_checkpoints
+from pretrain.train.metrics import read_metrics
+from tests.integration.conftest import val_dir, write_config
+from tests.integration.test_train import run
+
+
+def metrics(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return read_metrics(Path(config["run_dir"]) / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(("stage", "num_ranks"), [("torch", 1), (0, 1), (1, 2), (3, 2)])
+def test_logit_scale_never_passes_its_maximum(
+    run_config: dict[str, Any], tmp_path: Path, stage: int | str, num_ranks: int
+) -> None:
+    run_config["model"] |= {"init_logit_scale": 9.99, "max_logit_scale": 10.0}
+    run_config |= {"optimizer": {"lr": 0.05, "warmup_steps": 0, "schedule": "constant"}, "num_steps": 4}
+    run_config["engine"] = {"kind": "torch"} if stage == "torch" else {"kind": "deepspeed", "zero_stage": stage}
+    result = run(write_config(tmp_path / "run.yaml", run_config), num_ranks)
+    assert result.returncode == 0, result.stderr[-2000:]
+    scales = [record["logit_scale"] for record in metrics(run_config)]
+    assert max(scales) <= 10.0 * (1 + 1e-6) and len(set(scales)) > 1
+    assert {record["lr"] for record in metrics(run_config)} == {0.05}
+    assert all(record["grad_norm"] > 0 for record in metrics(run_config))
+
+
+def test_an_error_on_one_rank_alone_is_said(run_config: dict[str, Any], tmp_path: Path, prepared_dir: Path) -> None:
+    """Damaged images that only rank 1 reads in the first step (a pixel error, so that the JSON stays whole)."""
+    source, copy = ShardedDataset(prepared_dir / "train"), tmp_path / "train"
+    copy.mkdir()
+    for path in (prepared_dir / "train").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    order = epoch_order(source.shard_sizes, seed=0, epoch=0, shards_per_block=16)
+    for sample in order[4:8]:
+        row = source.index[sample]
+        with (copy / source.manifest.shards[int(row["shard"])].name).open("r+b") as shard:
+            shard.seek(int(row["image_offset"]))
+            shard.write(b"\0" * int(row["image_num_bytes"]))
+    run_config["data"]["train_dir"] = str(copy)
+    result = run(write_config(tmp_path / "run.yaml", run_config), 2)
+    assert result.returncode != 0
+    assert re.search(rf"error: rank 1: {copy}\S*: .*image", result.stderr), result.stderr[-2000:]
+
+
+def test_a_run_goes_on_from_its_own_resolved_config(run_config: dict[str, Any], tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", run_config)
+    assert main(["train", str(config)]) == 0
+    run_dir = Path(run_config["run_dir"])
+    assert main(["train", str(run_dir / "config.yaml")]) == 0
+    assert main(["train", str(config)]) == 0
+    assert [record["step"] for record in metrics(run_config)] == list(range(1, 9))
+    assert [path.name for path in list_checkpoints(run_dir)] == ["step-00000006", "step-00000008"]  # keep_checkpoints
+
+
+def test_a_torn_last_line_of_the_metrics_does_not_stop_a_resume(run_config: dict[str, Any], tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", run_config | {"num_steps": 3})
+    assert main(["train", str(config)]) == 0
+    with (Path(run_config["run_dir"]) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert main(["train", str(config)]) == 0
+    assert [record["step"] for record in metrics(run_config)] == [1, 2, 3]
+
+
+def test_gradients_are_reported_where_they_are_not_clipped(run_config: dict[str, Any], tmp_path: Path) -> None:
+    run_config |= {"num_steps": 2, "engine": {"kind": "deepspeed", "zero_stage": 0}}
+    run_config["optimizer"] = {"warmup_steps": 0, "grad_clip_norm": None}
+    assert run(write_config(tmp_path / "run.yaml", run_config), 1).returncode == 0
+    assert all(record["grad_norm"] > 0 for record in metrics(run_config))
+
+
+def test_a_frozen_image_tower_keeps_its_weights(run_config: dict[str, Any], tmp_path: Path) -> None:
+    run_config["model"] |= {"freeze_image": True}
+    run_config |= {"objectives": run_config["objectives"][:2], "num_steps": 3}
+    assert main(["train", str(write_config(tmp_path / "run.yaml", run_config))]) == 0
+    trained = load_encoder(Path(run_config["run_dir"])).model.state_dict()
+    (Path(run_config["run_dir"]) / "checkpoints").rename(tmp_path / "first")
+    assert main(["train", str(write_config(tmp_path / "run.yaml", run_config)), "optimizer.lr=0.01"]) == 0
+    other = load_encoder(Path(run_config["run_dir"])).model.state_dict()
+    same = {name for name in trained if torch.equal(trained[name], other[name])}
+    assert all(name in same for name in trained if name.startswith("visual."))
+    assert any(name not in same for name in trained if name.startswith("text."))
+
+
+def test_preprocessing_and_a_sigmoid_bias_survive_training_and_export(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """A tower with its own mean, std and resize mode, and the bias parameter that SigLIP's configs ask for."""
+    document = json.loads(Path(run_config["model"]["name"]).read_text())
+    document["model_cfg"]["init_logit_bias"] = -10
+    document["preprocess_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
+    model = tmp_path / "siglip_like.json"
+    model.write_text(json.dumps(document))
+    run_config["model"] = {"name": str(model)}
+    assert main(["train", str(write_config(tmp_path / "run.yaml", run_config)), "num_steps=3"]) == 0
+    encoder = load_encoder(Path(run_config["run_dir"]))
+    assert encoder.model.visual.preprocess_cfg["resize_mode"] == "squash"
+    folder = export(Path(run_config["run_dir"]), tmp_path / "export")
+    exported = json.loads((folder / "open_clip_config.json").read_text())["preprocess_cfg"]
+    assert exported["mean"] == [0.5] * 3 and exported["resize_mode"] == "squash"
+    assert check_export(folder, encoder, ShardedDataset(val_dir(run_config))) < 1e-5
+
+
+def test_frozen_teacher_is_not_needed_to_evaluate(
+    run_config: dict[str, Any], tiny_model_path: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher.json"
+    teacher.write_text(tiny_model_path.read_text())
+    run_config["objectives"][-1]["teacher"] = {"kind": "frozen", "name": str(teacher)}
+    assert main(["train", str(write_config(tmp_path / "run.yaml", run_config)), "num_steps=3"]) == 0
+    teacher.unlink()
+    assert math.isfinite(load_encoder(Path(run_config["run_dir"])).logit_scale)
