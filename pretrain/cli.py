@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.captions.report import add_report_arguments, print_report
 from data_prep.errors import InputError
 
 # Each command imports what it needs: `dermvlp prepare` runs on a machine without torch.
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = add("verify", _verify, "check a split's shards against their SHA-256")
     verify.add_argument("directory", type=Path)
     captions = add("captions", _captions, "judge a caption decomposer on Derm1M's own captions")
-    captions.add_argument("rest", nargs=argparse.REMAINDER, help="options of `python -m data_prep.captions.report`")
+    add_report_arguments(captions)
     add("train", _train, "pretrain; goes on with the run in run_dir, if there is one", "YAML, see configs/pretrain/")
     evaluate = add("evaluate", _evaluate, "zero-shot and retrieval of a run's newest checkpoint")
     evaluate.add_argument("run_dir", type=Path)
@@ -82,9 +83,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _captions(arguments: argparse.Namespace) -> int:
-    from data_prep.captions.report import main as report
-
-    return report(arguments.rest)
+    return print_report(arguments)
 
 
 def _train(arguments: argparse.Namespace) -> int:

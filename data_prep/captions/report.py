@@ -79,26 +79,23 @@ def _decomposer(config_path: Path | None, ledger_dir: Path) -> Decomposer:
     return make_decomposer(load_config(config_path, [], PrepareConfig).decomposer, ledger_dir / "captions.sqlite")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. Returns the exit status: 0, or 2 for unusable input."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.captions.report", description=__doc__)
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--derm1m-dir", type=Path, required=True, help="folder with Derm1M_v2_*.csv")
     parser.add_argument("--num-examples", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", type=Path, help="a data preparation YAML whose decomposer is used; default: rules")
-    arguments = parser.parse_args(argv)
-    try:
-        captions = read_captions(arguments.derm1m_dir)
-        # answers of a model asked only for this report go with it
-        with tempfile.TemporaryDirectory() as ledger_dir:
-            decomposer = _decomposer(arguments.config, Path(ledger_dir))
-            decomposer.prepare(captions)
-            start_s = time.perf_counter()
-            decompositions = [decomposer.decompose(caption) for caption in captions]
-            elapsed_s = time.perf_counter() - start_s
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+
+
+def print_report(arguments: argparse.Namespace) -> int:
+    """Figures, examples and, last, one JSON object. Raises InputError for unusable input; returns 0."""
+    captions = read_captions(arguments.derm1m_dir)
+    # answers of a model asked only for this report go with it
+    with tempfile.TemporaryDirectory() as ledger_dir:
+        decomposer = _decomposer(arguments.config, Path(ledger_dir))
+        decomposer.prepare(captions)
+        start_s = time.perf_counter()
+        decompositions = [decomposer.decompose(caption) for caption in captions]
+        elapsed_s = time.perf_counter() - start_s
     figures = measure(captions, decompositions, elapsed_s)
     chosen = random.Random(arguments.seed).sample(range(len(captions)), min(arguments.num_examples, len(captions)))
     for index in chosen:
@@ -112,6 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name:24} {value}")
     print(json.dumps({"decomposer": decomposer.name, **figures}))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line. Returns the exit status: 0, or 2 for unusable input."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.captions.report", description=__doc__)
+    add_report_arguments(parser)
+    try:
+        return print_report(parser.parse_args(argv))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
