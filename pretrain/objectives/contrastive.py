@@ -66,7 +66,7 @@ def _share_of_columns(column_NK: Tensor, num_columns: int) -> _Share:
 
 
 class Contrastive:
-    """Images against the distinct texts of a term's aspects, both ways (`objectives.md`, ownership)."""
+    """Images against the distinct texts of a term's aspects, both ways (docs/objectives.md, ownership)."""
 
     def __init__(self, config: ClipObjective | MultiAspectObjective) -> None:
         self.config = config
