@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -44,7 +45,8 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to the launcher, the ranks and their readers at once (torchrun's ranks have sessions of their own)."""
     parent = psutil.Process(process.pid)
     for victim in [parent, *parent.children(recursive=True)]:
-        victim.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(signal.SIGKILL)
     process.wait()
 
 
