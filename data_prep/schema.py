@@ -12,7 +12,7 @@ from enum import StrEnum
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 MAX_SUBCAPTIONS = 8
 #: whole caption + diagnosis + visual concepts + sub-captions: the slots K of an image
@@ -53,10 +53,16 @@ class Frozen(BaseModel):
 
 
 class Caption(Frozen):
-    """One text of an image. Valid by construction: it has words."""
+    """One text of an image. Valid by construction: it has words.
+
+    `origin` says where it came from: `column:NAME` of the source's table, `template` (made from the row's columns),
+    `ontology`, `concepts`, `rules-N`, or `llm:MODEL:PROMPT:DATE` (first 12 hex digits of the prompt's hash; the day
+    of the answer).
+    """
 
     aspect: Aspect
     text: str
+    origin: str = ""
 
     @field_validator("text")
     @classmethod
@@ -70,7 +76,8 @@ class Caption(Frozen):
 class Demographics(Frozen):
     """What is known of the person, coarse by intent; None where unknown."""
 
-    age_years: float | None = Field(default=None, ge=0, le=120)
+    age_years: float | None = Field(default=None, ge=0, le=90)  # 90 stands for 90 and more
+    age_band: str | None = Field(default=None, pattern=r"^(\d{1,2}-\d{1,2}|90\+)$")  # decade, or the source's own band
     sex: str | None = None
     fitzpatrick: int | None = Field(default=None, ge=1, le=6)
 
@@ -92,6 +99,7 @@ class Sample(Frozen):
     modality: str | None = None
     group: str | None = None  # salted hash of the patient / lesion id
     dataset: str
+    source: str | None = None  # where within the data set: "youtube", "pubmed", "HAM10000"
     licence: str | None = None
     image_sha256: str | None = None  # of the bytes in the shard
 
@@ -120,11 +128,21 @@ INDEX_DTYPE = np.dtype(
 )
 
 
+#: One row per sample in `image_hashes.npy`, in the order of `index.npy`: what finds copies of an image elsewhere.
+HASH_DTYPE = np.dtype(
+    [
+        ("pixels", "u1", (32,)),  # SHA-256 of size and oriented RGB pixels
+        ("perceptual", "<u8", (4,)),  # 256-bit perceptual hash, compared by Hamming distance
+    ]
+)
+
+
 class ShardInfo(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+\.tar$")  # inside the manifest's own folder, never a path
     num_samples: int = Field(ge=0)
     num_bytes: int
     sha256: str
+    licences: dict[str, int] = {}  # samples by licence
 
 
 class ShardManifest(Frozen):
@@ -136,10 +154,12 @@ class ShardManifest(Frozen):
     num_samples: int
     shards: tuple[ShardInfo, ...]
     index_sha256: str
+    hashes_sha256: str = ""  # of image_hashes.npy
     image_short_side: int
     captions_by_aspect: dict[Aspect, int]
     samples_by_diagnosis: dict[str, int]
     samples_by_licence: dict[str, int]
+    samples_by_source: dict[str, int] = {}
     num_rejected: int
     notes: dict[str, int] = {}  # what was dropped or not found on the way, by reason; no row was lost by it
     decomposer: str  # name and version of what made the sub-captions
