@@ -2,7 +2,7 @@
 
 Columns: filename, caption, truncated_caption, source, source_type, disease_label, hierarchical_disease_label,
 skin_concept, body_location, symptoms, age, gender. The whole `caption` is used; `truncated_caption` repeats its
-beginning. `symptoms`, `source` and `source_type` are not read: a SourceRow has no place for them.
+beginning. `symptoms` and `source_type` are not read: a SourceRow has no place for them.
 """
 
 from __future__ import annotations
@@ -11,19 +11,31 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from data_prep.config import Derm1MSource
 from data_prep.schema import Demographics
-from data_prep.sources.base import ImageReference, Rejection, SourceRow
-from data_prep.sources.table import UnusedValues, check_csv, check_image_dir, find_image, present, read_csv, split_list
+from data_prep.sources.base import Rejection, SourceRow
+from data_prep.sources.readers import check_table, read_records
+from data_prep.sources.values import (
+    Tally,
+    check_image_dir,
+    find_image,
+    lower_text,
+    parse_person,
+    present,
+    split_list,
+    why_no_caption,
+)
 
 logger = logging.getLogger(__name__)
 
 _COLUMNS = (
     "filename",
     "caption",
+    "source",
     "disease_label",
     "hierarchical_disease_label",
     "skin_concept",
@@ -31,50 +43,67 @@ _COLUMNS = (
     "age",
     "gender",
 )
-#: What the tables write where nothing is known.
-_ABSENT = (
-    "No age information",
-    "No gender information",
-    "No visual concepts",
-    "No body location information",
-    "no definitive diagnosis",
-)
 
-#: Remains of how captions were made: name, pattern, replacement; in this order, before white space is collapsed.
+#: Remains of how captions were made: name, a word without which there are none, pattern, replacement; in this order,
+#: before white space is collapsed.
 _ARTEFACTS = (
     # a language model that corrected itself: the answer is what follows
-    ("draft before 'Corrected:'", re.compile(r"^.*\n\s*Corrected:\s*", re.DOTALL), ""),
-    ("model's special token", re.compile(r"\s*<(?:/?s|unk|pad)>\s*"), " "),
-    ("'None' at the end", re.compile(r"(?<=[.!?])\s+None\W*$"), ""),
+    ("draft before 'Corrected:'", "Corrected:", re.compile(r"^.*\n\s*Corrected:\s*", re.DOTALL), ""),
+    ("model's special token", "<", re.compile(r"\s*<(?:/?s|unk|pad)>\s*"), " "),
+    ("'None' at the end", "None", re.compile(r"(?<=[.!?])\s+None\W*$"), ""),
     # labels taken from a web site's folders: "eczema photos", "psoriasis pictures lichen planus and ..."
-    ("'photos' in a label", re.compile(r"(?<=, diagnosed as )(.*?) (?:photos|pictures)(?=\.$)"), r"\1"),
-    ("'pictures' in a label", re.compile(r"(?<=, diagnosed as )(.*?) (?:photos|pictures) (?=\w)"), r"\1, "),
+    (
+        "'photos' in a label",
+        ", diagnosed as ",
+        re.compile(r"(?<=, diagnosed as )(.*?) (?:photos|pictures)(?=\.$)"),
+        r"\1",
+    ),
+    (
+        "'pictures' in a label",
+        ", diagnosed as ",
+        re.compile(r"(?<=, diagnosed as )(.*?) (?:photos|pictures) (?=\w)"),
+        r"\1, ",
+    ),
 )
 _REMARK = re.compile(r'\s*\(from "[^"]*"\)')  # 'irritated seborrheic keratosis (from "sk/isk")'
 
-_VIDEO = re.compile(r"(?:^|/)youtube/(.+?)_frame_")
-_ARTICLE = re.compile(r"(?:^|/)pubmed/.*?(PMC\d+)")
+_THREAD = re.compile(r"(\d+)_\d+(?:_\d+)*\.\w+$")
+_PAGE = re.compile(r"(.+_\d{5})_\d{5}(?:_\d+)?\.\w+$")  # BOOK_PAGE_FIGURE.png, BOOK_PAGE_FIGURE_PANEL.png
+#: By folder, what of a file name says that images belong together, and the group's name: a video's frames, an
+#: article's figures, a forum thread's pictures (the published rows of a thread share a case and nearly a text), the
+#: figures of a textbook's page (a book can be in several of the folders).
+_GROUPS = {
+    "youtube": (re.compile(r"(.+?)_frame_"), "youtube:{}"),
+    "pubmed": (re.compile(r".*?(PMC\d+)"), "{}"),
+    "IIYI": (_THREAD, "IIYI:{}"),
+    "twitter": (_THREAD, "twitter:{}"),
+    "reddit": (_THREAD, "reddit:{}"),
+    "edu": (_PAGE, "page:{}"),
+    "note": (_PAGE, "page:{}"),
+    "textbook": (_PAGE, "page:{}"),  # MAKE's name for edu
+}
 
 
 def clean_caption(text: str) -> tuple[str, tuple[str, ...]]:
     """The caption without the remains of its making, and the names of what was removed."""
     found = []
-    for name, pattern, replacement in _ARTEFACTS:
-        text, num = pattern.subn(replacement, text)
-        if num:
-            found.append(name)
+    for name, word, pattern, replacement in _ARTEFACTS:
+        if word in text:  # the patterns are ten times slower
+            text, num = pattern.subn(replacement, text)
+            if num:
+                found.append(name)
     return " ".join(text.split()), tuple(found)
 
 
 def group_of(filename: str) -> str | None:
-    """The video of a frame, the article of a figure; None for the rest, whose rows stand alone."""
-    if video := _VIDEO.search(filename):
-        return f"youtube:{video.group(1)}"
-    if article := _ARTICLE.search(filename):
-        return article.group(1)
-    return None
+    """The video, article, forum thread or book page that an image is of; None for the rest, whose rows stand alone."""
+    folders, _, base = filename.rpartition("/")
+    pattern, name = _GROUPS.get(folders.rpartition("/")[2], (None, ""))
+    match = pattern.match(base) if pattern is not None else None
+    return None if match is None else name.format(match.group(1))
 
 
+@lru_cache(maxsize=65536)
 def diagnosis_and_path(label: str, hierarchical_label: str) -> tuple[str | None, tuple[str, ...]]:
     """The label and the nodes from general to specific, lower-cased.
 
@@ -82,14 +111,22 @@ def diagnosis_and_path(label: str, hierarchical_label: str) -> tuple[str | None,
     non-infectious, lichen planus, psoriasis". Psoriasis is no lichen planus, so such a path ends before the first of
     them, and the label says the rest.
     """
-    diagnosis = present(_REMARK.sub("", label).lower(), _ABSENT)
+    diagnosis = present(_REMARK.sub("", label).lower())
     if diagnosis is None:
         return None, ()
-    path = [part for text in _REMARK.sub("", hierarchical_label).lower().split(",") if (part := present(text, _ABSENT))]
+    path = [part for text in _REMARK.sub("", hierarchical_label).lower().split(",") if (part := present(text))]
     several = [part.strip() for part in diagnosis.split(",")]
     if len(several) > 1:
         path = path[: min((path.index(part) for part in several if part in path), default=len(path))]
-    return diagnosis, tuple(path)
+    return diagnosis, tuple(dict.fromkeys(path))
+
+
+def person_of(age: str, gender: str, row: int, tally: Tally) -> Demographics:
+    """Age and sex as Derm1M and MAKE write them; what cannot be used ("male, female": several people) is counted."""
+    person, unusable = parse_person(present(age), present(gender), None)
+    for field in unusable:
+        tally.add(f"{field} cannot be used and counts as absent", row)
+    return person
 
 
 class Derm1MRows:
@@ -99,32 +136,39 @@ class Derm1MRows:
     frames of one video on both sides; groups are given, and deciding is left to the split.
     """
 
-    def __init__(self, config: Derm1MSource) -> None:
-        self.config = config
+    def __init__(self, config: Derm1MSource, needs_caption: bool = True) -> None:
+        self.config, self.needs_caption = config, needs_caption
         has_val = config.val_csv_path is not None
         self.tables: list[tuple[Path, Literal["train", "val"] | None]] = [
             (config.train_csv_path, "train" if has_val else None)
         ]
         if config.val_csv_path is not None:
             self.tables.append((config.val_csv_path, "val"))
-        wanted = {f"Derm1M's {column}": column for column in _COLUMNS}
+        self.wanted = {f"Derm1M's {column}": column for column in _COLUMNS}
         for path, split in self.tables:
-            check_csv(path, wanted, "source.val_csv_path" if split == "val" else "source.train_csv_path")
+            key = "source.val_csv_path" if split == "val" else "source.train_csv_path"
+            check_table(path, self.wanted, key, config.fallback_encoding)
         check_image_dir(config.image_dir, "source.image_dir")
-        self.wanted = wanted
+        self._warned = False
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(path for path, _ in self.tables)
 
     def rows(self) -> Iterator[SourceRow | Rejection]:
         for path, split in self.tables:
-            unused, artefacts = UnusedValues(path.name), Counter[str]()
-            for record in read_csv(path, self.wanted):
+            tally, artefacts = Tally(path.name), Counter[str]()
+            for record in read_records(path, self.wanted, self.config.fallback_encoding, tally):
                 if isinstance(record, Rejection):
                     yield record
                 else:
-                    yield self._row(path.name, *record, split, unused, artefacts)
-            unused.warn()
-            if artefacts:
-                listed = ", ".join(f"{name} in {num} rows" for name, num in artefacts.items())
-                logger.info("%s: removed from captions: %s", path.name, listed)
+                    yield self._row(path.name, *record, split, tally, artefacts)
+            if not self._warned:  # the tables are read several times
+                tally.warn()
+                if artefacts:
+                    listed = ", ".join(f"{name} in {num} rows" for name, num in artefacts.items())
+                    logger.info("%s: removed from captions: %s", path.name, listed)
+        self._warned = True
 
     def _row(
         self,
@@ -132,37 +176,32 @@ class Derm1MRows:
         row: int,
         record: Mapping[str, str],
         split: Literal["train", "val"] | None,
-        unused: UnusedValues,
+        tally: Tally,
         artefacts: Counter[str],
     ) -> SourceRow | Rejection:
-        filename = record["filename"].strip()
         try:
-            image_path = find_image(self.config.image_dir, filename)
+            image = find_image(self.config.image_dir, record["filename"].strip())
         except LookupError as error:
             return Rejection(table, row, "filename", str(error))
-        caption, found = clean_caption(record["caption"])
-        if present(caption, _ABSENT) is None:
-            return Rejection(table, row, "caption", "no caption")
+        cleaned, found = clean_caption(record["caption"])
+        caption = present(cleaned)
+        if (reason := why_no_caption(caption)) is not None and (self.needs_caption or caption is not None):
+            return Rejection(table, row, "caption", reason)
         artefacts.update(found)
         diagnosis, path = diagnosis_and_path(record["disease_label"], record["hierarchical_disease_label"])
-        body_site = present(record["body_location"], _ABSENT)
-        sex = present(record["gender"].lower(), _ABSENT)
-        if sex is not None and "," in sex:  # "male, female": several people, no one's sex
-            unused.add("gender", row)
-            sex = None
         return SourceRow(
             row=row,
             table=table,
-            image=ImageReference(path=image_path),
+            image=image,
             caption=caption,
+            caption_origin="" if caption is None else "column:caption",
             diagnosis=diagnosis,
             diagnosis_path=path,
-            concepts=split_list(present(record["skin_concept"], _ABSENT)),
-            body_site=body_site.lower() if body_site else None,
-            demographics=Demographics(
-                age_years=unused.number("age", present(record["age"], _ABSENT), row, 0, 120), sex=sex
-            ),
-            group=group_of(filename),
+            concepts=split_list(record["skin_concept"]),
+            body_site=lower_text(record["body_location"]),
+            demographics=person_of(record["age"], record["gender"], row, tally),
+            group=group_of(image.name),
             split=split,
+            source=lower_text(record["source"]),
             licence=self.config.licence,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from data_prep.config import SyntheticSource
-from data_prep.schema import Demographics
 from data_prep.sources.base import ImageReference, SourceRow
+from data_prep.sources.labels import article
 from data_prep.sources.synthetic_kinds import KINDS, RGB, Kind
-from data_prep.sources.table import article
+from data_prep.sources.values import parse_person
 
 Array = NDArray[np.float32]
 
@@ -341,23 +342,30 @@ class SyntheticRows:
     def __init__(self, config: SyntheticSource) -> None:
         self.config = config
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return ()
+
     def rows(self) -> Iterator[SourceRow]:
         config = self.config
         for row in range(1, config.num_train + config.num_val + 1):
             seed = int(np.random.SeedSequence([config.seed, row]).generate_state(1, np.uint32)[0])
             look = attributes(seed)
+            person, _ = parse_person(str(look.age_years), look.sex, str(look.fitzpatrick))
             yield SourceRow(
                 row=row,
                 table="synthetic",
-                image=ImageReference(synthetic_seed=seed, synthetic_px=config.image_px),
+                image=ImageReference(f"synthetic-{seed}", synthetic_seed=seed, synthetic_px=config.image_px),
                 caption=write_caption(seed),
+                caption_origin="template",
                 diagnosis=look.kind.name,
                 diagnosis_path=look.kind.path,
                 concepts=look.kind.concepts,
                 body_site=look.site,
-                demographics=Demographics(age_years=look.age_years, sex=look.sex, fitzpatrick=look.fitzpatrick),
+                demographics=person,
                 modality="synthetic",
                 group=f"synthetic-{row}",
                 split="train" if row <= config.num_train else "val",
+                source="synthetic",
                 licence="Apache-2.0",
             )

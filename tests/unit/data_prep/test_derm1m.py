@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.config import Derm1MSource, PrepareConfig, load_config
 from data_prep.errors import InputError
-from data_prep.ontology import Ontology, diagnosis_caption
+from data_prep.labels.ontology import Ontology, diagnosis_caption
 from data_prep.sources import open_source
 from data_prep.sources.base import Rejection, SourceRow
 from data_prep.sources.derm1m import clean_caption, diagnosis_and_path, group_of
@@ -51,10 +51,15 @@ def write(path: Path, *rows: dict[str, str]) -> Path:
 
 
 def test_absent_sentences_and_splits(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"x")
     row = NOTHING | {"filename": "a.jpg", "caption": "Red."}
-    known = row | {"age": "45", "gender": "Female", "skin_concept": "red, patch", "body_location": "face, neck"}
-    train = write(tmp_path / "train.csv", row, known, row | {"filename": "gone.jpg"}, row | {"caption": " "})
+    known = row | {
+        "source": " Pubmed_English",
+        "age": "45",
+        "gender": "Female",
+        "skin_concept": "red, patch",
+        "body_location": "face, neck",
+    }
+    train = write(tmp_path / "train.csv", row, known, row | {"filename": "/a.jpg"}, row | {"caption": " "})
     val = write(tmp_path / "val.csv", row | {"gender": "male, female", "age": "adult"})
     config = Derm1MSource(train_csv_path=train, val_csv_path=val, image_dir=tmp_path)
     first, second, gone, empty, other = open_source(config).rows()
@@ -62,8 +67,9 @@ def test_absent_sentences_and_splits(tmp_path: Path) -> None:
     assert (first.diagnosis, first.diagnosis_path, first.concepts, first.body_site) == (None, (), (), None)
     assert (first.demographics.age_years, first.demographics.sex, first.group) == (None, None, None)
     assert (second.demographics.age_years, second.demographics.sex) == (45, "female")
+    assert (first.source, second.source, second.caption_origin) == (None, "pubmed_english", "column:caption")
     assert (second.concepts, second.body_site, second.licence) == (("red", "patch"), "face, neck", "CC-BY-NC-4.0")
-    assert gone == Rejection("train.csv", 3, "filename", "no such file in the image folder")
+    assert gone == Rejection("train.csv", 3, "filename", "the image path leads out of the image folder")
     assert empty == Rejection("train.csv", 4, "caption", "no caption")
     assert (other.table, other.row, other.split, first.split) == ("val.csv", 1, "val", "train")
     assert (other.demographics.age_years, other.demographics.sex) == (None, None)
@@ -72,11 +78,20 @@ def test_absent_sentences_and_splits(tmp_path: Path) -> None:
 
 
 def test_unusable_values_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"x")
     row = NOTHING | {"filename": "a.jpg", "caption": "Red.", "age": "adult", "gender": "male, female"}
     config = Derm1MSource(train_csv_path=write(tmp_path / "t.csv", row), image_dir=tmp_path)
     list(open_source(config).rows())
-    assert "1 of gender (first in row 1), 1 of age (first in row 1)" in caplog.text
+    for field in ("age", "sex"):
+        assert f"{field} cannot be used and counts as absent in 1 row(s), the first is row 1" in caplog.text
+
+
+def test_rows_for_a_describer(tmp_path: Path) -> None:
+    row = NOTHING | {"filename": "a.jpg", "caption": "", "disease_label": "eczema"}
+    config = Derm1MSource(train_csv_path=write(tmp_path / "t.csv", row), image_dir=tmp_path)
+    (only,) = open_source(config, needs_caption=False).rows()
+    assert isinstance(only, SourceRow)
+    assert (only.caption, only.caption_origin, only.diagnosis) == (None, "", "eczema")
+    assert open_source(config).files == (tmp_path / "t.csv",)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +109,12 @@ def test_unusable_values_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
         ("no definitive diagnosis", "inflammatory", None, ""),
         ("No Definitive Diagnosis", "no definitive diagnosis", None, ""),
         ("eczema", "", "eczema", ""),
+        (
+            "nummular eczema",
+            "inflammatory, eczema, eczema, nummular eczema",
+            "nummular eczema",
+            "inflammatory/eczema/nummular eczema",
+        ),
     ],
 )
 def test_labels(label: str, hierarchical: str, diagnosis: str | None, path: str) -> None:
@@ -108,6 +129,12 @@ def test_labels(label: str, hierarchical: str, diagnosis: str | None, path: str)
         ("pubmed/75_4a_PMC4660531_MEAJO_22_452_g002.png", "PMC4660531"),
         ("edu/A textbook on PMC99_00391_0.png", None),
         ("public/ISIC_1.jpg", None),
+        ("public/warts-common_77_1.jpg", None),
+        ("IIYI/31089_5.png", "IIYI:31089"),
+        ("Derm1M/twitter/10920_0_1.jpg", "twitter:10920"),
+        ("reddit/565_1.png", "reddit:565"),
+        ("edu/Atlas, 2nd (ed.)-Elsevier (2016)_00213_02424.png", "page:Atlas, 2nd (ed.)-Elsevier (2016)_00213"),
+        ("note/Atlas, 2nd (ed.)-Elsevier (2016)_00213_00011_1.png", "page:Atlas, 2nd (ed.)-Elsevier (2016)_00213"),
     ],
 )
 def test_groups(filename: str, group: str | None) -> None:
@@ -145,15 +172,9 @@ def test_missing_column_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif("DERMVLP_DATA" not in os.environ, reason="DERMVLP_DATA is not set")
-def test_real_rows_with_stand_in_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """900 published rows; their images are not to be had, so empty files stand in for them."""
+def test_real_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """900 published rows; their images are not to be had, and no source opens one."""
     sample = Path(os.environ["DERMVLP_DATA"]) / "derm1m-sample"
-    for table in sample.glob("*.csv"):
-        with table.open(encoding="utf-8", newline="") as file:
-            for record in csv.DictReader(file):
-                image = tmp_path / record["filename"]
-                image.parent.mkdir(parents=True, exist_ok=True)
-                image.touch()
     monkeypatch.setenv("DERM1M_DIR", str(sample))
     config = load_config(CONFIGS / "derm1m.yaml", [f"source.image_dir={tmp_path}"], PrepareConfig)
     rows = [row for row in open_source(config.source).rows() if isinstance(row, SourceRow)]
@@ -164,7 +185,14 @@ def test_real_rows_with_stand_in_images(tmp_path: Path, monkeypatch: pytest.Monk
     assert sum(row.demographics.age_years is not None for row in rows) == 70
     assert sum(row.concepts != () for row in rows) == 900 - 376
     assert sum((row.group or "").startswith("youtube:") for row in rows) == 394
-    assert len({row.group for row in rows if row.group}) == 299 + 112
+    assert len({row.group for row in rows if (row.group or "").startswith(("youtube:", "PMC"))}) == 299 + 112
+    # five of IIYI's threads and one of Twitter's have several pictures, two book pages two figures
+    assert sum((row.group or "").startswith(("IIYI:", "twitter:", "reddit:")) for row in rows) == 117 + 12 + 1
+    assert len({row.group for row in rows if (row.group or "").startswith(("IIYI:", "twitter:", "reddit:"))}) == 130 - 6
+    assert sum((row.group or "").startswith("page:") for row in rows) == 92 + 36
+    assert len({row.group for row in rows if (row.group or "").startswith("page:")}) == 128 - 2
+    assert Counter(row.source for row in rows)["pubmed_english"] == 74 and not any(row.source is None for row in rows)
+    assert {row.caption_origin for row in rows} == {"column:caption"}
     assert not any("</s>" in (row.caption or "") or "Corrected" in (row.caption or "") for row in rows)
     assert config.ontology_path is not None
     ontology = Ontology.load(config.ontology_path)

@@ -61,12 +61,20 @@ def test_rows_of_the_shipped_configuration() -> None:
     assert Counter(row.split for row in rows) == {"train": 2400, "val": 480}
     assert [row.row for row in rows] == list(range(1, 2881))
     assert len({row.group for row in rows}) == len({row.image.synthetic_seed for row in rows}) == 2880
+    assert len({row.image.name for row in rows}) == 2880
+    assert {row.caption_origin for row in rows} == {"template"}
+    assert open_source(config.source).files == ()
     per_class = Counter(row.diagnosis for row in rows)
     assert len(per_class) == len(KINDS) >= 12
     assert min(per_class.values()) > 140
     for row in rows:
         assert row.diagnosis == row.diagnosis_path[-1]
-        assert row.demographics.age_years and row.demographics.sex and row.demographics.fitzpatrick
+        assert (
+            row.demographics.age_years
+            and row.demographics.age_band
+            and row.demographics.sex
+            and row.demographics.fitzpatrick
+        )
         assert row.concepts and row.body_site
 
 
