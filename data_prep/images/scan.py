@@ -1,0 +1,242 @@
+"""Every distinct image of a source, read and decoded once: facts and the JPEG that goes into a shard.
+
+    images in the order in which rows first name them -> chunks -> WORK/scan/chunk-N.{jpegs,npy,json}
+
+A chunk is a pure function of its images and the image options. So chunks are made in parallel, by any number of jobs,
+and a killed scan goes on where it was. The JSON is written last and says what the chunk was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from data_prep import pool
+from data_prep.config import ImageOptions, PrepareConfig
+from data_prep.errors import InputError
+from data_prep.files import atomic, file_sha256, write_atomically
+from data_prep.images.convert import ImageRejected, PreparedImage, prepare_drawn, prepare_image, read_image
+from data_prep.schema import text_hash
+from data_prep.sources.base import ImageReference
+from data_prep.sources.synthetic import draw
+
+#: Part of every chunk's digest: another version of the image code scans again.
+SCAN_VERSION = 1
+
+#: What is known of an image; `offset` is in its chunk's file of JPEGs. All zero but `name` where it was rejected.
+FACT_DTYPE = np.dtype(
+    [
+        ("name", "<u8"),  # text_hash of ImageReference.name
+        ("chunk", "<u4"),
+        ("offset", "<u8"),
+        ("num_bytes", "<u4"),
+        ("sha256", "u1", (32,)),  # of the JPEG
+        ("pixels", "u1", (32,)),
+        ("perceptual", "<u8", (4,)),
+        ("reencoded", "?"),
+        ("rejected", "?"),
+    ]
+)
+
+
+class ChunkRecord(BaseModel):
+    inputs_digest: str
+    num_images: int
+    num_bytes: int
+    sha256: str  # of the file of JPEGs
+    reasons: dict[int, str]  # position in the chunk -> why it was rejected
+
+
+@dataclass(frozen=True)
+class Part:
+    """`index` of `count` jobs that share the work without speaking to each other."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """ "3/16": the fourth of sixteen; counted from 0, as SLURM_ARRAY_TASK_ID is."""
+        index, _, count = text.partition("/")
+        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise InputError(f"part {text!r}: write it as i/n with 0 <= i < n, for example 3/16")
+        return cls(int(index), int(count))
+
+    def has(self, number: int) -> bool:
+        return number % self.count == self.index
+
+    def __str__(self) -> str:
+        return f"part {self.index}/{self.count}"
+
+
+ALL = Part()
+
+
+# ---------------------------------------------------------------------------------------------- chunks
+
+
+def scan(
+    images: Iterable[ImageReference],
+    directory: Path,
+    config: PrepareConfig,
+    part: Part,
+    advance: Callable[[int], None],
+) -> None:
+    """Make the part's chunks of these images; `advance` is told how many images are done."""
+    directory.mkdir(parents=True, exist_ok=True)
+    chunks = (chunk for chunk in _chunks(images, config.images_per_chunk) if part.has(chunk[0]))
+    for num_images in pool.run(partial(_scan_chunk, directory, config.images), chunks, config.num_workers):
+        advance(num_images)
+
+
+def _chunks(images: Iterable[ImageReference], size: int) -> Iterator[tuple[int, list[ImageReference]]]:
+    stream, number = iter(images), 0
+    while chunk := list(islice(stream, size)):
+        yield number, chunk
+        number += 1
+
+
+def distinct(images: Iterable[ImageReference]) -> Iterator[ImageReference]:
+    """Each image once, where it first appears: an image with five captions is read once."""
+    seen: set[int] = set()
+    for image in images:
+        if (name := text_hash(image.name)) not in seen:
+            seen.add(name)
+            yield image
+
+
+def _scan_chunk(directory: Path, options: ImageOptions, chunk: tuple[int, list[ImageReference]]) -> int:
+    """In a worker process. Nothing to do where the chunk was made from the same images before."""
+    number, images = chunk
+    path = directory / f"chunk-{number:06d}"
+    digest = _inputs_digest(images, options)
+    if _is_whole(path, digest):
+        return len(images)
+    path.with_suffix(".json").unlink(missing_ok=True)
+    facts, reasons = np.zeros(len(images), dtype=FACT_DTYPE), {}
+    with atomic(path.with_suffix(".jpegs")) as file:
+        for position, (image, fact) in enumerate(zip(images, facts, strict=True)):
+            fact["name"], fact["chunk"] = text_hash(image.name), number
+            try:
+                prepared = _prepare(image, options)
+            except ImageRejected as problem:
+                fact["rejected"], reasons[position] = True, str(problem)
+                continue
+            fact["offset"], fact["num_bytes"] = file.tell(), len(prepared.jpeg)
+            fact["sha256"] = np.frombuffer(bytes.fromhex(prepared.sha256), dtype=np.uint8)
+            fact["pixels"] = np.frombuffer(prepared.pixel_sha256, dtype=np.uint8)
+            fact["perceptual"], fact["reencoded"] = prepared.perceptual_hash, prepared.reencoded
+            file.write(prepared.jpeg)
+        num_bytes = file.tell()
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    with atomic(path.with_suffix(".npy")) as file:
+        np.save(file, facts, allow_pickle=False)
+    record = ChunkRecord(
+        inputs_digest=digest, num_images=len(images), num_bytes=num_bytes, sha256=sha256, reasons=reasons
+    )
+    write_atomically(path.with_suffix(".json"), record.model_dump_json().encode())
+    return len(images)
+
+
+def _prepare(image: ImageReference, options: ImageOptions) -> PreparedImage:
+    if image.synthetic_seed is not None and image.synthetic_px is not None:
+        return prepare_drawn(draw(image.synthetic_seed, image.synthetic_px), options)
+    return prepare_image(read_image(image), options)
+
+
+def _inputs_digest(images: list[ImageReference], options: ImageOptions) -> str:
+    digest = hashlib.sha256(f"{SCAN_VERSION} {options.model_dump_json()}".encode())
+    status: dict[Path, str] = {}  # of tars that hold many of them
+    for image in images:
+        if image.path is not None and image.path not in status:
+            try:
+                found = image.path.stat()
+                status[image.path] = f"{found.st_size} {found.st_mtime_ns}"
+            except (OSError, ValueError):  # missing now; another digest when it is there
+                status[image.path] = "missing"
+        where = (image.name, image.offset, image.num_bytes, image.synthetic_seed, image.synthetic_px)
+        digest.update(f"{where} {status.get(image.path) if image.path else ''}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_record(path: Path) -> ChunkRecord | None:
+    try:
+        return ChunkRecord.model_validate_json(path.with_suffix(".json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _is_whole(path: Path, inputs_digest: str) -> bool:
+    """Files appear whole or not at all, so sizes are enough here; `damaged` reads the bytes."""
+    record = _read_record(path)
+    jpegs = path.with_suffix(".jpegs")
+    return (
+        record is not None
+        and record.inputs_digest == inputs_digest
+        and path.with_suffix(".npy").is_file()
+        and jpegs.is_file()
+        and jpegs.stat().st_size == record.num_bytes
+    )
+
+
+# ---------------------------------------------------------------------------------------------- reading back
+
+
+def load(directory: Path, names: NDArray[np.uint64], images_per_chunk: int) -> tuple[NDArray[np.void], dict[int, str]]:
+    """((N,) FACT_DTYPE, position -> reason of a rejection) of all images, named in order by `names` (N,).
+
+    Raises InputError where a chunk is missing or was made from other images.
+    """
+    parts, reasons, start = [], dict[int, str](), 0
+    num_chunks = -(-len(names) // images_per_chunk)
+    for number in range(num_chunks):
+        path = directory / f"chunk-{number:06d}"
+        record = _read_record(path)
+        if record is None or not path.with_suffix(".npy").is_file():
+            raise InputError(
+                f"{path}: chunk {number} of {num_chunks} is not scanned; run the stage scan (all its parts) first"
+            )
+        facts: NDArray[np.void] = np.load(path.with_suffix(".npy"), allow_pickle=False)
+        if facts.dtype != FACT_DTYPE or not np.array_equal(facts["name"], names[start : start + images_per_chunk]):
+            raise InputError(f"{path}: scanned from other images; run the stage scan (all its parts) again")
+        parts.append(facts)
+        reasons |= {start + position: reason for position, reason in record.reasons.items()}
+        start += len(facts)
+    return (np.concatenate(parts) if parts else np.zeros(0, dtype=FACT_DTYPE)), reasons
+
+
+def read_jpeg(directory: Path, fact: np.void) -> bytes:
+    """The JPEG that goes into a shard. Raises InputError where its bytes are not what they were."""
+    path = directory / f"chunk-{int(fact['chunk']):06d}.jpegs"
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            jpeg = os.pread(descriptor, int(fact["num_bytes"]), int(fact["offset"]))
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; run the stage scan again") from None
+    if hashlib.sha256(jpeg).digest() != fact["sha256"].tobytes():
+        raise InputError(f"{path}: damaged; run `dermvlp repair` on the folder of the preparation")
+    return jpeg
+
+
+def remove_damaged(directory: Path) -> list[Path]:
+    """Reads every chunk back against its SHA-256 and removes those that differ; they are scanned again."""
+    removed = []
+    for path in sorted(directory.glob("chunk-*.jpegs")):
+        record = _read_record(path)
+        if record is None or file_sha256(path) != record.sha256:
+            path.with_suffix(".json").unlink(missing_ok=True)
+            removed.append(path)
+    return removed
