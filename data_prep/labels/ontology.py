@@ -2,21 +2,35 @@
 
 The published file (Derm1M, Yan et al., ICCV 2025) maps each node to its children, beginning at "root". A node's name
 may list synonyms ("Nail diseases, nail disease"), and a node may have several parents: "melanocytic" lies under
-"benign" and under "malignant". Nothing here guesses: a label matches a name or it does not.
+"benign" and under "malignant". Nothing here guesses: what may mean two nodes is ambiguous and matches neither.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
+from data_prep.labels.names import (
+    UNMATCHED,
+    How,
+    Lookup,
+    Match,
+    denies,
+    look_up,
+    lookup,
+    loose_key,
+    most_similar,
+    name_key,
+    normalised_keys,
+    parts_of,
+    without_qualifiers,
+)
 
 ROOT = "root"
 
@@ -32,6 +46,22 @@ _ALIASES = {
     "ringworm of the body": "Tinea corporis",
     "athlete's foot": "Tinea pedis",
     "infantile hemangioma": "Strawberry birthmarks",
+    "psoriasis vulgaris": "Psoriasis (plaque)",
+    "moles": "Melanocytic nevus",
+    "nevocytic nevus": "Melanocytic nevus",
+    "bcc": "Basal cell carcinoma",
+    "scc": "Squamous cell carcinoma",
+    "hives": "Urticaria",
+    "herpes simplex": "Herpes simplex virus",
+    "fifth disease": "Parvovirus B19 infection",
+    "fixed eruption": "Fixed drug eruption",
+    "lichen simplex": "Lichen simplex chronicus, ",
+    "androgenic alopecia": "Androgenetic alopecia",
+    "dyshidrotic eczema": "Dyshidrosiform eczema",
+    "pompholyx": "Dyshidrosiform eczema",
+    "epidermal cyst": "Epidermoid cyst",
+    "verruca plana": "Flat wart",
+    "striae distensae": "Striae",
 }
 
 #: Nodes whose name lists different diseases as if they were synonyms. They can be matched, but their own name is
@@ -40,35 +70,11 @@ _SEVERAL_DISEASES = frozenset(
     {"Melasma, Lentigo", "Ecthyma, ecthyma gangrenosum", "Lentigo maligna melanoma, Lentigo maligna"}
 )
 
-_BRITISH = {"naevus": "nevus", "naevi": "nevi", "haemangioma": "hemangioma", "seborrhoeic": "seborrheic"}
 _NO_NAME = {"", "nos"}  # what a comma leaves behind in "Chronic dermatitis, NOS" and "Lichen simplex chronicus, "
+_CACHE_SIZE = 100_000  # distinct labels kept
 
 
 # ---------------------------------------------------------------------------------------------- names
-
-
-def _key(name: str) -> str:
-    """Case, accents, hyphens, apostrophes and other punctuation do not tell names apart."""
-    text = unicodedata.normalize("NFKD", name)
-    text = "".join(c for c in text if not unicodedata.combining(c)).casefold()
-    text = re.sub(r"['\u2018\u2019]", "", text)
-    return " ".join(_BRITISH.get(word, word) for word in re.findall(r"\w+", text))
-
-
-def _loose_key(name: str) -> str:
-    """`_key` without possessives ("Bowen's") and with a last word in the plural made singular where that is safe.
-
-    Safe are "-oses", "-omas", "nevi" and a plain "s" after a consonant: "psoriasis", "herpes", "lupus", "milia"
-    and "rhus" stay as they are.
-    """
-    *words, last = _key(re.sub(r"['\u2018\u2019]s\b", "", name)).split() or [""]
-    if last == "nevi":
-        last = "nevus"
-    elif last.endswith("oses"):
-        last = last[:-2] + "is"
-    elif last.endswith("omas") or re.search(r"[b-df-hj-np-rtv-z]s$", last):
-        last = last[:-1]
-    return " ".join([*words, last])
 
 
 def _synonyms(node: str) -> list[str]:
@@ -81,25 +87,40 @@ def _display(node: str) -> str:
     return re.sub(r"(?<=\w)\(", " (", _synonyms(node)[0]).casefold()
 
 
-def _index(children: Mapping[str, Sequence[str]]) -> tuple[dict[str, str], ...]:
-    """Lookups from the surest to the least sure; a key that two nodes claim in the same lookup is in neither."""
-    whole: dict[str, set[str]] = {}
-    synonyms: dict[str, set[str]] = {}
-    loose: dict[str, set[str]] = {}
-    for node in children:
-        if node == ROOT:
-            continue
-        whole.setdefault(_key(node), set()).add(node)
-        for name in _synonyms(node):
-            synonyms.setdefault(_key(name), set()).add(node)
-            loose.setdefault(_loose_key(name), set()).add(node)
-    aliases: dict[str, set[str]] = {}
-    for name, node in _ALIASES.items():
-        if node in children:
-            aliases[_key(name)] = {node}
-            loose.setdefault(_loose_key(name), set()).add(node)
-    lookups = (whole, synonyms, aliases, loose)
-    return tuple({key: next(iter(nodes)) for key, nodes in lookup.items() if len(nodes) == 1} for lookup in lookups)
+@dataclass(frozen=True)
+class _Names:
+    """Look-ups of all names of all nodes."""
+
+    whole: Lookup  # a node's full text
+    synonyms: Lookup
+    aliases: Lookup
+    normalised: Lookup
+    by_num_words: Mapping[int, tuple[tuple[tuple[str, ...], str], ...]]  # for `most_similar`
+    vocabulary: frozenset[str]  # words of all names
+
+    @classmethod
+    def of(cls, nodes: Sequence[str]) -> _Names:
+        names = [(name, node) for node in nodes for name in _synonyms(node)]
+        aliases = [(name, node) for name, node in _ALIASES.items() if node in nodes]
+        every = dict.fromkeys([*names, *aliases, *((node, node) for node in nodes)])
+        loose = dict.fromkeys((tuple(loose_key(name).split()), node) for name, node in every)
+        return cls(
+            lookup((name_key(node), node) for node in nodes),
+            lookup((name_key(name), node) for name, node in names),
+            lookup((name_key(name), node) for name, node in aliases),
+            lookup((key, node) for name, node in every for key in normalised_keys(name)),
+            {n: tuple(entry for entry in loose if len(entry[0]) == n) for n in {len(words) for words, _ in loose}},
+            frozenset(word for name, _ in every for key in (name_key(name), loose_key(name)) for word in key.split()),
+        )
+
+    def find(self, text: str) -> Match:
+        key = name_key(text)
+        tables: list[tuple[How, str, Lookup]] = [
+            ("exact", key, self.whole),
+            ("synonym", key, self.synonyms),
+            ("alias", key, self.aliases),
+        ]
+        return look_up([*tables, *(("normalised", key, self.normalised) for key in normalised_keys(text))])
 
 
 # ---------------------------------------------------------------------------------------------- hierarchy
@@ -111,7 +132,9 @@ class Ontology:
 
     children: Mapping[str, tuple[str, ...]]
     _paths: Mapping[str, tuple[str, ...]]  # node -> the nodes on every path to it, from general to specific
-    _lookups: tuple[Mapping[str, str], ...]
+    _levels: Mapping[str, int]
+    _names: _Names
+    _found: dict[tuple[str, float], Match] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def load(cls, path: str | Path) -> Ontology:
@@ -134,19 +157,72 @@ class Ontology:
             above[node] = frozenset({node}) | (frozenset.intersection(*lists) if lists else frozenset())
         # dominators of a node form a chain, so the number of their own dominators sorts them
         paths = {node: tuple(sorted(above[node] - {ROOT}, key=lambda n: len(above[n]))) for node in order}
-        return cls(children, paths, _index(children))
+        levels = {ROOT: 0}
+        for node in order[1:]:
+            levels[node] = 1 + min(levels[parent] for parent in parents[node])
+        return cls(children, paths, levels, _Names.of([node for node in children if node != ROOT]))
 
     def match(self, label: str) -> str | None:
         """The node that `label` names, or None.
 
-        Tried in order: a node's full name, one of its synonyms, the alias table, then a form without possessive
-        and plural. A name that two nodes share equally matches neither.
+        Tried in order: a node's full name, one of its synonyms, the alias table, then other spellings
+        (`normalised_keys`). A name that two nodes share equally matches neither.
         """
-        key, loose = _key(label), _loose_key(label)
-        if not key:
-            return None
-        *sure, least_sure = self._lookups
-        return next((lookup[key] for lookup in sure if key in lookup), least_sure.get(loose))
+        return self._names.find(label).node
+
+    def find(self, label: str, min_similarity: float) -> Match:
+        """The node that a free-text diagnosis names.
+
+        First as `match`; then without words of certainty and severity ("suspected"); then the most similar name, if
+        its `name_similarity` is at least `min_similarity` in (0, 1], 1 meaning none; then part by part, where the text
+        names several diagnoses. Several are ambiguous, unless each lies on every path to the most specific of them,
+        which is meant then. A part that names no node leaves the text ambiguous, too, but for a remark in brackets.
+        Answers are kept: a few thousand labels stand in a million rows.
+        """
+        if (match := self._found.get((label, min_similarity))) is None:
+            if len(self._found) >= _CACHE_SIZE:
+                self._found.clear()
+            match = self._found[label, min_similarity] = self._find(label, min_similarity)
+        return match
+
+    def _find(self, label: str, min_similarity: float) -> Match:
+        match = self._find_one(label, min_similarity)
+        if match.how != "unmatched" or denies(label):
+            return match
+        parts, remarks = parts_of(label)
+        if len(parts) + len(remarks) < 2:
+            return match
+        matches = [self._find_one(part, min_similarity) for part in parts]
+        if all(found.how == "unmatched" for found in matches):
+            return UNMATCHED
+        remarked = [found for remark in remarks if (found := self._find_one(remark, min_similarity)).how != "unmatched"]
+        return self._most_specific([*matches, *remarked])
+
+    def _find_one(self, text: str, min_similarity: float) -> Match:
+        """A text that names one diagnosis."""
+        match = self._names.find(text)
+        if match.how != "unmatched":
+            return match
+        bare = without_qualifiers(text)
+        match = self._names.find(bare)
+        if match.node is not None:
+            return replace(match, how="normalised")
+        if match.how == "unmatched" and min_similarity < 1:
+            names = self._names
+            return most_similar(loose_key(bare), names.by_num_words, names.vocabulary, min_similarity)
+        return match
+
+    def _most_specific(self, matches: Sequence[Match]) -> Match:
+        nodes = {match.node for match in matches if match.node is not None}
+        last = max(sorted(nodes), key=lambda node: len(self._paths[node]), default=None)
+        if last is None or any(match.node is None or match.node not in self._paths[last] for match in matches):
+            return Match(None, "ambiguous", 0.0, tuple(sorted(nodes.union(*(match.candidates for match in matches)))))
+        similarity = min(match.similarity for match in matches)
+        return Match(last, "fuzzy" if any(match.how == "fuzzy" for match in matches) else "normalised", similarity)
+
+    def level(self, node: str) -> int:
+        """How many nodes stand on the shortest path from the root to `node`, itself included; 1 below the root."""
+        return self._levels[node]
 
     def path(self, node: str) -> tuple[str, ...]:
         """Nodes on every path from the root to `node`, from general to specific, as lower-cased first synonyms.
@@ -220,7 +296,7 @@ def diagnosis_caption(diagnosis: str, path: Sequence[str] = ()) -> str:
     `diagnosis` always stands last. It replaces the last node of `path` where that is a longer form of it
     ("melanocytic nevus" for "nevus"); otherwise it follows the path. Without a path the label stands alone.
     """
-    if path and set(_loose_key(diagnosis).split()) <= set(_loose_key(path[-1]).split()):
+    if path and set(loose_key(diagnosis).split()) <= set(loose_key(path[-1]).split()):
         path = path[:-1]
     return f"This is a skin image diagnosed as {', '.join([*path, diagnosis])}."
 
