@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_prep.captions.decompose import Decomposition, Dropped
-from data_prep.captions.grounding import why_ungrounded
+from data_prep.captions.decompose import TOO_LONG, Decomposition, Dropped, fits_in_bytes
+from data_prep.captions.grounding import num_words, why_ungrounded
 from data_prep.captions.rules import says_nothing
+from data_prep.captions.tasks import Messages
 from data_prep.errors import InputError
 from data_prep.schema import MAX_SUBCAPTIONS, SUBCAPTION_ASPECTS, Aspect, Caption
 
@@ -21,6 +22,7 @@ ANSWER_SCHEMA: dict[str, object] = {
     "properties": {
         "subcaptions": {
             "type": "array",
+            "maxItems": MAX_SUBCAPTIONS,
             "items": {
                 "type": "object",
                 "properties": {
@@ -61,16 +63,11 @@ def read_prompt(name: str) -> str:
     folder = files(__package__) / "prompts"
     names = sorted(entry.name.removesuffix(".md") for entry in folder.iterdir() if entry.name.endswith(".md"))
     if name not in names:
-        raise InputError(f"decomposer.prompt: no prompt {name!r}; there are {', '.join(names)}")
+        raise InputError(f"prompt: no prompt {name!r}; there are {', '.join(names)}")
     return (folder / f"{name}.md").read_text(encoding="utf-8")
 
 
-def hash_prompt(prompt_text: str) -> str:
-    """Hexadecimal SHA-256 of everything but the caption that the model is given."""
-    return hashlib.sha256((prompt_text + json.dumps(ANSWER_SCHEMA, sort_keys=True)).encode()).hexdigest()
-
-
-def format_prompt(caption: str, prompt_text: str) -> list[dict[str, str]]:
+def format_prompt(caption: str, prompt_text: str) -> Messages:
     """The messages for one caption. It is untrusted text, so it is passed as a JSON string, which it cannot leave."""
     return [
         {"role": "system", "content": prompt_text},
@@ -78,11 +75,14 @@ def format_prompt(caption: str, prompt_text: str) -> list[dict[str, str]]:
     ]
 
 
-def parse_answer(raw: str, caption: str) -> Decomposition | Unusable:
+def parse_answer(
+    raw: str, caption: str, fits: Callable[[str], bool] = fits_in_bytes, origin: str = ""
+) -> Decomposition | Unusable:
     """Check a model's answer against the schema, and each sub-caption against its caption.
 
     A violated schema makes the whole answer unusable; a sub-caption that is not grounded, repeated, too short, longer
-    than the caption, or beyond `MAX_SUBCAPTIONS` is dropped with the reason.
+    than the caption or the tokenizer's context (`fits`), or beyond `MAX_SUBCAPTIONS` is dropped with the reason.
+    `origin`: of the captions made (`data_prep.schema.Caption.origin`).
     """
     try:
         answer = _AnswerModel.model_validate_json(raw)
@@ -96,8 +96,10 @@ def parse_answer(raw: str, caption: str) -> Decomposition | Unusable:
     for item in answer.subcaptions:
         text = " ".join(item.text.split()).strip(" ,;:")
         reason = _why_dropped(item.aspect, text, caption, kept)
+        if reason is None and not fits(text):
+            reason = TOO_LONG
         if reason is None:
-            kept.append(Caption(aspect=item.aspect, text=text))
+            kept.append(Caption(aspect=item.aspect, text=text, origin=origin))
         else:
             dropped.append(Dropped(item.text, item.aspect, reason))
     if not kept:
@@ -112,7 +114,7 @@ def _why_dropped(aspect: Aspect, text: str, caption: str, kept: list[Caption]) -
         return "no words"
     if says_nothing(text) or _UNSTATED.search(text):
         return "says only that something is not known"
-    if len(text.split()) < 2 and len(caption.split()) > 1:
+    if num_words(text) < 2 and num_words(caption) > 1:
         return "a single word"
     if len(text) > len(caption) + 20:
         return "too long: longer than the caption"

@@ -1,14 +1,29 @@
-"""What both ways of splitting a caption have in common, and the choice between them."""
+"""What the ways of splitting a caption have in common, and the choice between them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from data_prep.config import DecomposerConfig, RulesDecomposer
+from data_prep.config import DecomposerConfig, NoDecomposer, RulesDecomposer
 from data_prep.schema import Caption
+
+if TYPE_CHECKING:
+    from data_prep.captions.asking import AskSummary
+
+#: Whether a text fits the context of the text tower to be trained: `data_prep.captions.tokens.TokenCounter.fits`.
+Fits = Callable[[str], bool]
+
+#: 77 tokens, CLIP's context, at four bytes a token
+_MAX_BYTES = 300
+TOO_LONG = "too long: does not fit the context"
+
+
+def fits_in_bytes(text: str) -> bool:
+    """An estimate of `Fits` for where there is no tokenizer."""
+    return len(text.encode()) <= _MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -17,7 +32,12 @@ class Dropped:
 
     text: str
     aspect: str
-    reason: str
+    reason: str  # may name a word of the caption, after a colon
+
+    @property
+    def kind(self) -> str:
+        """The reason without its particulars: what counts are kept by."""
+        return self.reason.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -26,8 +46,21 @@ class Decomposition:
 
     subcaptions: tuple[Caption, ...]
     dropped: tuple[Dropped, ...]
-    made_by: Literal["rules", "llm"]
-    failure: str | None = None  # why the model's answer could not be used; then made by rules, or no sub-captions
+    made_by: Literal["rules", "llm", "none"]
+    #: Why the model's answer could not be used. The caller lists it; with `on_failure: reject` it rejects the row.
+    failure: str | None = None
+
+
+def keep_fitting(decomposition: Decomposition, fits: Fits) -> Decomposition:
+    """Sub-captions that do not fit the context, dropped with the reason."""
+    too_long = tuple(sub for sub in decomposition.subcaptions if not fits(sub.text))
+    if not too_long:
+        return decomposition
+    return replace(
+        decomposition,
+        subcaptions=tuple(sub for sub in decomposition.subcaptions if sub not in too_long),
+        dropped=decomposition.dropped + tuple(Dropped(sub.text, sub.aspect, TOO_LONG) for sub in too_long),
+    )
 
 
 class Decomposer(Protocol):
@@ -35,24 +68,56 @@ class Decomposer(Protocol):
 
     @property
     def name(self) -> str:
-        """Enters the manifest: `rules-1`, or `llm:<model>:<first 12 hex digits of the prompt's hash>`."""
+        """Enters the manifest: `none`, `rules-1`, or `llm:<model>:<first 12 hex digits of the prompt's hash>`."""
 
-    def prepare(self, captions: Iterable[str]) -> None:
-        """Do what is slow or needs the network. Raises InputError when the model cannot be used."""
+    def prepare(
+        self,
+        captions: Iterable[str],
+        *,
+        retry_failed: bool = False,
+        limit: int | None = None,
+        max_usd: float | None = None,
+    ) -> AskSummary | None:
+        """Do what is slow or needs the network, as `data_prep.captions.asking.ask` says; None if nothing does.
+
+        Streams `captions`. Raises InputError when the model cannot be used.
+        """
 
     def decompose(self, caption: str) -> Decomposition:
         """Split one caption. Deterministic after `prepare`; no network."""
 
 
-def make_decomposer(config: DecomposerConfig, ledger_path: Path) -> Decomposer:
-    """The decomposer that the configuration names.
+class NoSplitter:
+    """The Decomposer that leaves captions whole."""
 
-    `ledger_path` is the SQLite file of the model's answers; rules do not touch it. openai is imported only for the LLM.
+    name = "none"
+
+    def prepare(
+        self,
+        captions: Iterable[str],
+        *,
+        retry_failed: bool = False,
+        limit: int | None = None,
+        max_usd: float | None = None,
+    ) -> None:
+        """Nothing to prepare."""
+
+    def decompose(self, caption: str) -> Decomposition:
+        return Decomposition((), (), made_by="none")
+
+
+def make_decomposer(config: DecomposerConfig, ledger_path: Path, fits: Fits = fits_in_bytes) -> Decomposer:
+    """The decomposer that the configuration names; every sub-caption it gives satisfies `fits`.
+
+    `ledger_path` is the SQLite file of the model's answers; the others do not touch it. openai is imported only for
+    the LLM.
     """
+    if isinstance(config, NoDecomposer):
+        return NoSplitter()
     if isinstance(config, RulesDecomposer):
         from data_prep.captions.rules import RuleSplitter
 
-        return RuleSplitter()
+        return RuleSplitter(fits)
     from data_prep.captions.llm import LLMSplitter
 
-    return LLMSplitter(config, ledger_path)
+    return LLMSplitter(config, ledger_path, fits)

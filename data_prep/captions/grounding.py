@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
-_TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['\u2019][a-z]+)?|[.,;:!?]")
+#: Chinese and Japanese, which have no spaces: each character stands for a word
+_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_CJK_STOPS = str.maketrans("\uff0c\u3001\u3002\uff1b\uff1a\uff01\uff1f", ",,.;:!?")
+_TOKEN = re.compile(rf"\d+(?:[.,]\d+)*|[{_CJK}]|[^\W\d_{_CJK}]+(?:['\u2019][a-z]+)?|[.,;:!?]")
+_WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 _NUMBER = re.compile(r"\d")
 
 _FUNCTION_WORDS = frozenset(
@@ -27,7 +32,7 @@ _NEGATORS = frozenset(
     word
     for line in (
         "no not without never none neither nor denies denied deny denying lacks lack lacking absence absent negative",
-        "free cannot non spared sparing spares excluded unlikely",
+        "free cannot non spared sparing spares excluded unlikely \u65e0 \u6ca1 \u4e0d \u672a \u975e",
     )
     for word in line.split()
 )
@@ -47,6 +52,7 @@ _STOPS = frozenset(".;:!?") | {
 }
 _LISTING = frozenset(["or", "nor"])
 _REACH = 8  # words
+_MIN_CONTINUED = 6  # letters of a stem that another may continue
 _UNITS = frozenset(["hour", "day", "week", "month", "year", "mm", "cm", "mg", "ml", "percent"])
 #: longest first, where one ends in another
 _ENDINGS = (
@@ -55,6 +61,12 @@ _ENDINGS = (
 )
 
 
+def num_words(text: str) -> int:
+    """Words between spaces; in Chinese and Japanese, characters."""
+    return len(_WORD.findall(text))
+
+
+@lru_cache(maxsize=65536)
 def stem(word: str) -> str:
     """A word without its commonest English endings: enough for papules/papular, itching/itchy, treated/treatment."""
     word = word.lower().replace("\u2019", "'")
@@ -105,8 +117,9 @@ def _negated_positions(tokens: list[str]) -> set[int]:
     return reached
 
 
+@lru_cache(maxsize=256)  # the caption is compared with each of its sub-captions
 def _reduce(text: str) -> _Text:
-    tokens = [token.lower() for token in _TOKEN.findall(text)]
+    tokens = [token.lower() for token in _TOKEN.findall(text.translate(_CJK_STOPS))]
     negated = _negated_positions(tokens)
     stems: set[tuple[str, bool]] = set()
     numbers: set[str] = set()
@@ -126,7 +139,7 @@ def _alike(first: str, second: str) -> bool:
         return True
     short, long = sorted((first, second), key=len)
     return (
-        len(short) >= 6
+        len(short) >= _MIN_CONTINUED
         and long.startswith(short)
         and "less" not in long[len(short) :]
         and "free" not in long[len(short) :]
@@ -144,7 +157,9 @@ def why_ungrounded(text: str, caption: str) -> str | None:
         if unit in _UNITS and source_units and unit not in source_units:
             return f"not grounded: {number} has another unit in the caption"
     for word, negated in sorted(claim.stems):
-        polarities = {source_negated for other, source_negated in source.stems if _alike(word, other)}
+        polarities = {source_negated for source_negated in (False, True) if (word, source_negated) in source.stems}
+        if len(word) >= _MIN_CONTINUED:
+            polarities |= {source_negated for other, source_negated in source.stems if _alike(word, other)}
         if not polarities:
             return f"not grounded: {word!r} is not in the caption"
         if negated not in polarities:

@@ -35,7 +35,7 @@ def read_captions(derm1m_dir: Path) -> list[str]:
         raise InputError(f"{derm1m_dir}: no Derm1M_v2_*.csv here; give the folder of the downloaded tables")
     captions: list[str] = []
     for path in paths:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
             if "caption" not in (table.fieldnames or ()):
                 raise InputError(f"{path}: no column 'caption'; its columns are {', '.join(table.fieldnames or ())}")
@@ -57,7 +57,7 @@ def measure(captions: Sequence[str], decompositions: Sequence[Decomposition], el
     aspects = Counter(sub.aspect for decomposition in decompositions for sub in decomposition.subcaptions)
     num_subcaptions = aspects.total()
     num_words = [covered_words(*pair) for pair in zip(captions, decompositions, strict=True)]
-    reasons = Counter(dropped.reason for decomposition in decompositions for dropped in decomposition.dropped)
+    reasons = Counter(dropped.kind for decomposition in decompositions for dropped in decomposition.dropped)
     return {
         "num_captions": len(captions),
         "share_two_or_more": round(sum(len(d.subcaptions) >= 2 for d in decompositions) / len(captions), 4),
@@ -73,10 +73,10 @@ def measure(captions: Sequence[str], decompositions: Sequence[Decomposition], el
     }
 
 
-def _decomposer(config_path: Path | None, ledger_dir: Path) -> Decomposer:
+def _decomposer(config_path: Path | None, ledger_path: Path) -> Decomposer:
     if config_path is None:
-        return make_decomposer(RulesDecomposer(), ledger_dir / "unused.sqlite")
-    return make_decomposer(load_config(config_path, [], PrepareConfig).decomposer, ledger_dir / "captions.sqlite")
+        return make_decomposer(RulesDecomposer(), ledger_path)
+    return make_decomposer(load_config(config_path, [], PrepareConfig).decomposer, ledger_path)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,15 +84,15 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-examples", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", type=Path, help="a data preparation YAML whose decomposer is used; default: rules")
+    parser.add_argument("--ledger", type=Path, help="SQLite file that keeps a model's answers; default: they are lost")
 
 
 def print_report(arguments: argparse.Namespace) -> int:
     """Figures, examples and, last, one JSON object. Raises InputError for unusable input; returns 0."""
     captions = read_captions(arguments.derm1m_dir)
-    # answers of a model asked only for this report go with it
-    with tempfile.TemporaryDirectory() as ledger_dir:
-        decomposer = _decomposer(arguments.config, Path(ledger_dir))
-        decomposer.prepare(captions)
+    with tempfile.TemporaryDirectory() as folder:
+        decomposer = _decomposer(arguments.config, arguments.ledger or Path(folder) / "captions.sqlite")
+        summary = decomposer.prepare(captions)
         start_s = time.perf_counter()
         decompositions = [decomposer.decompose(caption) for caption in captions]
         elapsed_s = time.perf_counter() - start_s
@@ -105,6 +105,8 @@ def print_report(arguments: argparse.Namespace) -> int:
         for dropped in decompositions[index].dropped:
             print(f"  (dropped: {dropped.reason}) {dropped.text}")
     print(f"\ndecomposer {decomposer.name}")
+    if summary is not None:
+        print(f"asked: {summary}")
     for name, value in figures.items():
         print(f"{name:24} {value}")
     print(json.dumps({"decomposer": decomposer.name, **figures}))

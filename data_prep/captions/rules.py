@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from data_prep.captions.decompose import Decomposition, Dropped
+from data_prep.captions.decompose import Decomposition, Dropped, Fits, fits_in_bytes, keep_fitting
 from data_prep.captions.lexicon import STRENGTHS, label, score
 from data_prep.schema import MAX_SUBCAPTIONS, SUBCAPTION_ASPECTS, Aspect, Caption
 
@@ -325,7 +325,9 @@ def split(caption: str) -> Decomposition:
     """
     pieces, dropped = _worth_keeping([piece for sentence in sentences(caption) for piece in clauses(sentence)])
     texts = [_tidy(piece.text) for piece in _fit(pieces, MAX_SUBCAPTIONS)]
-    kept, left_out = _leave_out([Caption(aspect=label(text), text=text) for text in texts], MAX_SUBCAPTIONS)
+    kept, left_out = _leave_out(
+        [Caption(aspect=label(text), text=text, origin=RULES_NAME) for text in texts], MAX_SUBCAPTIONS
+    )
     dropped += [Dropped(c.text, c.aspect, f"more than {MAX_SUBCAPTIONS} sub-captions") for c in left_out]
     return Decomposition(tuple(kept), tuple(dropped), made_by="rules")
 
@@ -335,8 +337,18 @@ class RuleSplitter:
 
     name = RULES_NAME
 
-    def prepare(self, captions: Iterable[str]) -> None:
+    def __init__(self, fits: Fits = fits_in_bytes) -> None:
+        self._fits = fits
+
+    def prepare(
+        self,
+        captions: Iterable[str],
+        *,
+        retry_failed: bool = False,
+        limit: int | None = None,
+        max_usd: float | None = None,
+    ) -> None:
         """Nothing to prepare."""
 
     def decompose(self, caption: str) -> Decomposition:
-        return split(caption)
+        return keep_fitting(split(caption), self._fits)

@@ -24,6 +24,8 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
     body: bytes | None = None  # instead of an answer of the protocol
+    content_type: str | None = None  # of `body`
+    closes_after: int | None = None  # bytes of the payload, then the connection is closed
 
 
 def answer(*subcaptions: tuple[str, str]) -> Reply:
@@ -43,6 +45,7 @@ class LLMServer:
         self.num_completed: Counter[str] = Counter()  # replies wholly written
         self.headers: list[dict[str, str]] = []
         self.bodies: list[dict[str, Any]] = []
+        self.times_s: list[float] = []  # of arrival, by time.monotonic
         self.url = ""
 
     def handle(self, handler: BaseHTTPRequestHandler) -> None:
@@ -51,6 +54,7 @@ class LLMServer:
         with self._lock:
             self.headers.append({name.lower(): value for name, value in handler.headers.items()})
             self.bodies.append(body)
+            self.times_s.append(time.monotonic())
             number = self.num_requests[caption]
             self.num_requests[caption] += 1
             self._in_flight += 1
@@ -62,11 +66,16 @@ class LLMServer:
             self._in_flight -= 1
         payload = reply.body if reply.body is not None else json.dumps(_payload(reply, body["model"])).encode()
         handler.send_response(reply.status)
-        handler.send_header("Content-Type", "text/html" if reply.body is not None else "application/json")
+        html = reply.body is not None and reply.content_type is None
+        handler.send_header("Content-Type", "text/html" if html else reply.content_type or "application/json")
         handler.send_header("Content-Length", str(len(payload)))
         for name, value in reply.headers.items():
             handler.send_header(name, value)
         handler.end_headers()
+        if reply.closes_after is not None:
+            handler.wfile.write(payload[: reply.closes_after])
+            handler.close_connection = True
+            return
         handler.wfile.write(payload)
         with self._lock:
             self.num_completed[caption] += 1

@@ -106,7 +106,7 @@ def test_each_outcome_its_requests_and_no_second_asking(tmp_path: Path, caplog: 
 
         make_decomposer(config(server.url), ledger_path).prepare(SCRIPT)
         assert dict(server.num_requests) == expected
-        LLMSplitter(config(server.url), ledger_path, retry_failed=True).prepare(SCRIPT)
+        LLMSplitter(config(server.url), ledger_path).prepare(SCRIPT, retry_failed=True)
         assert {c for c in SCRIPT if server.num_requests[c] > expected[c]} == set(UNUSABLE)
 
     # another object, no server any more: what a worker process does
@@ -123,7 +123,7 @@ def test_each_outcome_its_requests_and_no_second_asking(tmp_path: Path, caplog: 
         assert made.made_by == "rules" and made.subcaptions == rules.decompose(caption).subcaptions
         assert made.failure is not None and made.failure.startswith(reason)
     assert len(worker.decompose(INVENTED).dropped) == 2
-    skipping = make_decomposer(config(server.url, on_failure="skip"), ledger_path).decompose(CUT)
+    skipping = make_decomposer(config(server.url, on_failure="keep_whole"), ledger_path).decompose(CUT)
     assert (skipping.subcaptions, skipping.made_by, skipping.failure) == ((), "llm", UNUSABLE[CUT])
 
     rows = (
@@ -180,7 +180,7 @@ def test_unanswered_captions_are_served_and_asked_again(tmp_path: Path, caplog: 
         assert "0.4 s" in failures[GOOD] and "429" in failures[LIMITED] and "HTTP 400" in failures[BROKEN]
         assert "base_url" in failures[SLOW] and KEY not in str(failures)
         assert {first.decompose(caption).made_by for caption in replies} == {"rules"}
-        assert "4 captions got no answer" in caplog.text
+        assert "4 questions got no answer" in caplog.text
         second = make_decomposer(config(server.url, **settings), tmp_path / "l.sqlite")
         second.prepare(replies)
         assert {second.decompose(caption).made_by for caption in replies} == {"llm"}

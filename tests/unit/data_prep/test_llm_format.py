@@ -6,9 +6,11 @@ import json
 
 import pytest
 
-from data_prep.captions.answers import ANSWER_SCHEMA, Unusable, format_prompt, hash_prompt, parse_answer, read_prompt
+from data_prep.captions.answers import ANSWER_SCHEMA, Unusable, format_prompt, parse_answer, read_prompt
 from data_prep.captions.decompose import Decomposition
 from data_prep.captions.grounding import why_ungrounded
+from data_prep.captions.subcaptions import worth_asking
+from data_prep.captions.tasks import hash_prompt
 from data_prep.schema import MAX_SUBCAPTIONS, SUBCAPTION_ASPECTS
 
 CAPTION = "Itchy red papules, 3 to 5 mm, on both forearms for 2 weeks in a 36-year-old woman. No fever or pain."
@@ -30,8 +32,10 @@ def test_prompt_names_every_aspect_and_its_hash_changes_with_it() -> None:
     prompt = read_prompt("decompose_v1")
     assert all(f"- {aspect}:" in prompt for aspect in SUBCAPTION_ASPECTS)
     assert "never an\ninstruction" in prompt
-    assert hash_prompt(prompt) != hash_prompt(prompt + " ")
-    item = ANSWER_SCHEMA["properties"]["subcaptions"]["items"]  # type: ignore[index]
+    assert hash_prompt(prompt, ANSWER_SCHEMA) != hash_prompt(prompt + " ", ANSWER_SCHEMA)
+    subcaptions = ANSWER_SCHEMA["properties"]["subcaptions"]  # type: ignore[index]
+    assert subcaptions["maxItems"] == MAX_SUBCAPTIONS
+    item = subcaptions["items"]
     assert item["properties"]["aspect"]["enum"] == [str(aspect) for aspect in SUBCAPTION_ASPECTS]
     assert item["additionalProperties"] is False and sorted(item["required"]) == ["aspect", "text"]
 
@@ -95,6 +99,21 @@ def test_unusable_answers(answer: str, reason: str) -> None:
     assert isinstance(made, Unusable) and made.reason.startswith(reason)
 
 
+def test_what_does_not_fit_the_context_is_dropped_and_origin_is_kept() -> None:
+    answer = raw(("morphology", "red papules"), ("history", "for 2 weeks"))
+    made = parse_answer(answer, CAPTION, fits=lambda text: text != "red papules", origin="llm:m:p:d")
+    assert isinstance(made, Decomposition)
+    assert [(sub.text, sub.origin) for sub in made.subcaptions] == [("for 2 weeks", "llm:m:p:d")]
+    assert [(dropped.text, dropped.kind) for dropped in made.dropped] == [("red papules", "too long")]
+    assert isinstance(parse_answer(answer, CAPTION, fits=lambda _: False), Unusable)
+
+
+def test_a_chinese_caption_has_words_without_spaces() -> None:
+    made = parse_answer(raw(("morphology", "红色斑块"), ("body_site", "左肘")), "左肘可见红色斑块\uff0c无瘙痒。")
+    assert isinstance(made, Decomposition) and len(made.subcaptions) == 2
+    assert worth_asking("左肘可见红色斑块") and not worth_asking("湿疹") and not worth_asking("Lichen planus actinicus")
+
+
 def test_at_most_eight() -> None:
     caption = " ".join(f"lesion w{chr(97 + i)}x is red." for i in range(10))
     made = parse_answer(raw(*(("morphology", f"lesion w{chr(97 + i)}x is red") for i in range(10))), caption)
@@ -119,6 +138,10 @@ def test_at_most_eight() -> None:
         ("KOH test negative", "KOH test was negative", True),
         ("nodule of 2 cm", "nodule of 12 cm", False),
         ("nodule of 1.5 cm", "nodule of 1.5 cm", True),
+        ("左肘水疱", "红色斑块\uff0c位于左肘。", False),
+        ("红色斑块", "左肘可见红色斑块\uff0c无瘙痒。", True),
+        ("红色斑块\uff0c瘙痒", "左肘可见红色斑块\uff0c无瘙痒。", False),
+        ("UVB治疗", "经UVB治疗三个月", True),
     ],
 )
 def test_grounding(text: str, caption: str, grounded: bool) -> None:

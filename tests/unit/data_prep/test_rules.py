@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.captions.lexicon import label
 from data_prep.captions.report import covered_words, main, read_captions
-from data_prep.captions.rules import says_nothing, sentences, split
+from data_prep.captions.rules import RuleSplitter, says_nothing, sentences, split
 from data_prep.schema import MAX_SUBCAPTIONS, SUBCAPTION_ASPECTS, Aspect
 
 #: 40 clauses of the forms that textbook legends, transcripts and forum posts have, labelled by hand.
@@ -151,6 +151,14 @@ def test_what_says_nothing_is_dropped(text: str) -> None:
         "says only that something is not known"
     ]
     assert not says_nothing("No itching") and not says_nothing("The cause is unknown")
+
+
+def test_the_decomposer_names_its_version_and_keeps_to_the_context() -> None:
+    caption = "Tense clear blisters on the right shin of a 67-year-old man with diabetes."
+    assert {sub.origin for sub in RuleSplitter().decompose(caption).subcaptions} == {"rules-1"}
+    made = RuleSplitter(lambda text: "diabetes" not in text).decompose(caption)
+    assert [sub.text for sub in made.subcaptions] == ["Tense clear blisters", "On the right shin"]
+    assert [dropped.reason for dropped in made.dropped] == ["too long: does not fit the context"]
 
 
 def real_captions() -> list[str]:
