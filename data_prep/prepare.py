@@ -1,336 +1,186 @@
-"""From a source to shards: `dermvlp prepare CONFIG`.
+"""From a source to shards: `dermvlp prepare CONFIG`, in five stages.
 
-    rows of the source -> split -> slices of `samples_per_shard` rows -> one shard a slice, in worker processes
+    scan      every distinct image, decoded once: facts, hashes, the JPEG for the shard      (job arrays: --part i/n)
+    plan      copies, leakage, splits: every row's fate, and why
+    captions  models are asked for reports and sub-captions; nothing to do for rules         (job arrays: --part i/n)
+    shards    consecutive rows of a split to one tar each                                     (job arrays: --part i/n)
+    merge     index, manifest, ledgers, report
 
-A shard is a pure function of its slice of rows and the configuration. So shards are made in parallel, a killed
-preparation goes on where it was, and nothing has to be remembered but the shards themselves.
+Each stage is a function of what the stages before it left on disk, writes whole files or none, and does again only what
+is missing or was made from other inputs. So a killed preparation goes on where it was.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import multiprocessing
-import os
-import secrets
-import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
-from pydantic import ValidationError
-
-from data_prep.captions.decompose import Decomposer, make_decomposer
-from data_prep.config import PrepareConfig, SyntheticSource
+from data_prep.captions.describe import Undescribed
+from data_prep.captions.ledger import merge_ledgers
+from data_prep.captions.tokens import TokenCounter
+from data_prep.config import PrepareConfig, dump_yaml
 from data_prep.errors import InputError
-from data_prep.images import EncodedImage, ImageRejected, encode_image, load_image
-from data_prep.ontology import Ontology, concepts_caption, diagnosis_caption
+from data_prep.files import full_disk_is_input_error, lock, write_atomically
+from data_prep.images import scan
+from data_prep.images.scan import ALL, Part
+from data_prep.job import Job
+from data_prep.planning.rows import SourceState, iter_survivors, read_rows
+from data_prep.planning.stage import Planned, evaluation_images, load, plan_stage
 from data_prep.progress import Progress
-from data_prep.schema import SCHEMA_VERSION, Aspect, Caption, Sample, ShardManifest, text_hash
-from data_prep.shards import ShardRecord, read_record, write_ledger, write_manifest, write_shard
-from data_prep.sources import open_source
-from data_prep.sources.base import Rejection, SourceRow
-from data_prep.sources.synthetic import draw
+from data_prep.schema import ShardManifest, text_hash
+from data_prep.shards.report import write_preparation_report
+from data_prep.shards.stage import merge_stage, shard_stage
+from data_prep.sources.base import SourceRow
 
-SPLITS = ("train", "val")
+if TYPE_CHECKING:
+    from data_prep.captions.asking import AskSummary
+    from data_prep.captions.llm import LLMSplitter
+
 log = logging.getLogger(__name__)
+STAGES = ("scan", "plan", "captions", "shards", "merge")
 
 
-@dataclass
-class _Slice:
-    """The rows of one shard."""
+def prepare(
+    config: PrepareConfig, *, stage: str | None = None, part: Part = ALL, accept_changes: bool = False
+) -> dict[str, ShardManifest]:
+    """All stages, or the one named; returns the manifests by split where the stage `merge` ran.
 
-    split: str
-    number: int
-    rows: list[SourceRow] = field(default_factory=list)
-    rejected: list[Rejection] = field(default_factory=list)
-
-
-def prepare(config: PrepareConfig) -> dict[str, ShardManifest]:
-    """Writes `OUT_DIR/{train,val}/` with shards, index, ledger and manifest; returns the manifests by split.
-
-    Raises InputError where the source cannot be read or gives no sample at all.
+    Raises InputError where the source cannot be read, changed since the last run (unless `accept_changes`), gives no
+    sample at all, or another process works on the same part.
     """
-    source = open_source(config.source)
-    config.out_dir.mkdir(parents=True, exist_ok=True)
-    salt = _salt(config.out_dir)
-    _ontology(config.ontology_path)  # refused here, before a model is asked and paid
-    decomposer = _decomposer(config.model_dump_json())
-    if config.decomposer.kind == "llm":
-        decomposer.prepare(row.caption for row in source.rows() if isinstance(row, SourceRow) and row.caption)
-    records: dict[str, dict[int, ShardRecord]] = {split: {} for split in SPLITS}
-    with Progress("preparing shards", unit="rows") as progress:
-        for piece, record in _run(config, _slices(config, source.rows()), salt):
-            records[piece.split][piece.number] = record
-            progress.advance(len(piece.rows) + len(piece.rejected))
-    manifests = {}
-    for split in SPLITS:
-        ordered = [records[split][number] for number in sorted(records[split])]
-        if (manifest := _finish_split(config, split, ordered, decomposer.name)) is not None:
-            manifests[split] = manifest
-    if "train" not in manifests:
-        reasons = Counter(rejected.reason for part in records["train"].values() for rejected in part.rejected)
-        raise InputError(
-            f"{config.name}: no row became a training sample; commonest reasons: {dict(reasons.most_common(3))}; "
-            f"all of them are in {config.out_dir / 'train' / 'rejected.csv'}"
-        )
+    job = Job(config, part)
+    if part.count > 1 and stage not in ("scan", "captions", "shards"):
+        raise InputError(f"{part}: give --stage scan, captions or shards with it; plan and merge are one job each")
+    job.work_dir.mkdir(parents=True, exist_ok=True)
+    manifests: dict[str, ShardManifest] = {}
+    stages = STAGES if stage is None else (stage,)
+    with full_disk_is_input_error(job.out_dir), _locked(job, stages):
+        _check_source(job, accept_changes)
+        write_atomically(job.out_dir / "prepare.yaml", dump_yaml(config).encode())
+        for name in stages:
+            log.info("%s: stage %s, %s", config.name, name, part)
+            match name:
+                case "scan":
+                    _scan_stage(job)
+                case "plan":
+                    plan_stage(job, accept_changes=accept_changes)
+                case "captions":
+                    _caption_stage(job, load(job))
+                case "shards":
+                    _gather_answers(job)
+                    with Progress("writing shards", unit="rows") as progress:
+                        shard_stage(job, load(job), progress.advance)
+                case "merge":
+                    planned = load(job)
+                    manifests, records = merge_stage(job, planned)
+                    write_preparation_report(job, planned, manifests, records)
     return manifests
 
 
-def _finish_split(
-    config: PrepareConfig, split: str, records: list[ShardRecord], decomposer: str
-) -> ShardManifest | None:
-    """Ledger, then index and manifest (None where no row became a sample); earlier preparations' files go."""
-    directory = config.out_dir / split
-    write_ledger(directory, records)
-    manifest = None
-    if any(record.info.num_samples for record in records):
-        manifest = write_manifest(
-            directory,
-            records,
-            dataset=config.name,
-            split=split,
-            image_short_side=config.images.short_side_px,
-            decomposer=decomposer,
-            config_digest=config_digest(config),
+def _locked(job: Job, stages: tuple[str, ...]) -> AbstractContextManager[None]:
+    """One process a part and stage. Stages of different parts run at once, and write no file of each other's."""
+    what = stages[0] if len(stages) == 1 else "all"
+    name = f".{what}-{job.part.index}-of-{job.part.count}.lock"
+    return lock(job.work_dir / name, f"a preparation (stage {what}, {job.part})")
+
+
+def _check_source(job: Job, accept_changes: bool) -> None:
+    state = SourceState(job.work_dir)
+    if accept_changes:
+        state.forget_files()
+    state.check(job.source, job.source_settings, lambda: read_rows(job.source, job.config.name, job.salt))
+
+
+def _scan_stage(job: Job) -> None:
+    rows = (row for row in job.source.rows() if isinstance(row, SourceRow))
+    with Progress("scanning images", unit="images") as progress:
+        scan.scan(
+            scan.distinct(row.image for row in rows),
+            job.scan_dir,
+            job.config,
+            job.part,
+            progress.advance,
         )
-    else:
-        (directory / "manifest.json").unlink(missing_ok=True)
-        (directory / "index.npy").unlink(missing_ok=True)
-    written = {record.info.name for record in records}
-    for path in directory.glob("shard-*"):
-        if path.suffix == ".partial" or path.with_suffix(".tar").name not in written:
-            path.unlink()
-    return manifest
-
-
-def config_digest(config: PrepareConfig) -> str:
-    """Of the settings and the ontology that shape a sample: not where it goes, nor by how many processes.
-
-    The source's rows and what the decomposer made of them are in the digest of each shard's inputs.
-    """
-    relevant = config.model_dump_json(exclude={"out_dir", "num_workers", "source", "decomposer", "ontology_path"})
-    digest = hashlib.sha256(f"{SCHEMA_VERSION} {relevant}".encode())
-    if config.ontology_path is not None:
-        digest.update(config.ontology_path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------------------------- rows to slices
-
-
-def _slices(config: PrepareConfig, rows: Iterable[SourceRow | Rejection]) -> Iterator[_Slice]:
-    """Consecutive rows of a split, `samples_per_shard` at a time, as they stream by."""
-    groups: dict[str, set[int]] = {split: set() for split in SPLITS}
-    open_slices = {split: _Slice(split, 0) for split in SPLITS}
-    for row in rows:
-        if isinstance(row, Rejection):
-            open_slices["train"].rejected.append(row)  # the ledger of train holds the rows that have no split
+    for each in job.config.duplicates.against:
+        images = evaluation_images(each)
+        if images is None:
             continue
-        current = open_slices[split := assign_split(config, row)]
-        current.rows.append(row)
-        if row.group is not None:
-            groups[split].add(text_hash(row.group))
-        if len(current.rows) == config.samples_per_shard:
-            yield current
-            open_slices[split] = _Slice(split, current.number + 1)
-    for current in open_slices.values():
-        if current.rows or current.rejected:
-            yield current
-    if shared := groups["train"] & groups["val"]:
-        log.warning(
-            "%s: the source's own split has %d of %d groups (patients, lesions, videos, ...) on both sides, so val "
-            "flatters; without a split in the source whole groups are put on one side",
-            config.name,
-            len(shared),
-            len(groups["train"] | groups["val"]),
-        )
+        with Progress(f"scanning evaluation set {each.name}", unit="images") as progress:
+            scan.scan(images, job.against_dir(each.name), job.config, job.part, progress.advance)
 
 
-def assign_split(config: PrepareConfig, row: SourceRow) -> str:
-    """The source's own split, else by the hash of the group: stable when rows are added, whole groups on one side."""
-    if row.split is not None:
-        return row.split
-    digest = hashlib.blake2b(_group_for_split(config, row).encode(), digest_size=8).digest()
-    return "val" if int.from_bytes(digest, "little") / 2**64 < config.val_fraction else "train"
+# ---------------------------------------------------------------------------------------------- captions
 
 
-def _group_for_split(config: PrepareConfig, row: SourceRow) -> str:
-    """The group; without one the image, by its name below the image folder: the same wherever that folder stands."""
-    if row.group is not None:
-        return row.group
-    if row.image.path is None or isinstance(config.source, SyntheticSource):
-        return f"{row.table}:{row.row}"
-    return row.image.path.relative_to(config.source.image_dir).as_posix()
+def undescribed(job: Job, planned: Planned) -> Iterator[Undescribed]:
+    """The part's images of surviving rows that have no caption."""
+    for position, row in iter_survivors(job.source, planned.fate):
+        if row.caption is None and job.part.has(text_hash(row.image.name)):
+            fact = planned.facts[planned.rows["image"][position]]
+            yield Undescribed(
+                fact["sha256"].tobytes().hex(), partial(scan.read_jpeg, job.scan_dir, fact), row.diagnosis
+            )
 
 
-def _salt(out_dir: Path) -> str:
-    """Keeps patient ids from being found by hashing guesses: DERMVLP_SALT, or a secret made once beside the shards."""
-    if (salt := os.environ.get("DERMVLP_SALT")) is not None:
-        if not salt.strip():
-            raise InputError("DERMVLP_SALT: set but empty, so group ids could be guessed; unset it or give a secret")
-        return salt
-    path = out_dir / ".salt"
-    if not path.exists():
-        # renamed: a process killed in between must not leave an empty salt for good
-        partial = out_dir / ".salt.partial"
-        partial.touch(mode=0o600)
-        partial.write_text(secrets.token_hex(16), encoding="utf-8")
-        partial.replace(path)
-    return path.read_text(encoding="utf-8")
+def captions(job: Job, planned: Planned) -> Iterator[str]:
+    """The part's whole captions of surviving rows that a decomposer is to split, the describer's reports among them."""
+    describer = job.asking_tools.describer
+    for position, row in iter_survivors(job.source, planned.fate):
+        if row.subcaptions:
+            continue
+        if row.caption is not None:
+            if job.part.has(text_hash(row.caption)):
+                yield row.caption
+        elif describer is not None and job.part.has(text_hash(row.image.name)):  # as in `undescribed`
+            fact = planned.facts[planned.rows["image"][position]]
+            report = describer.report(fact["sha256"].tobytes().hex(), row.diagnosis)
+            if not isinstance(report, str):
+                yield report.text
 
 
-# ---------------------------------------------------------------------------------------------- slices to shards
+@dataclass(frozen=True)
+class AskOptions:
+    """What a run may ask, beyond the configuration."""
+
+    limit: int | None = None  # a pilot: so many questions at most
+    max_usd: float | None = None
+    retry_failed: bool = False
 
 
-def _run(config: PrepareConfig, slices: Iterator[_Slice], salt: str) -> Iterator[tuple[_Slice, ShardRecord]]:
-    """Shards as they are done; only a few slices are in memory at a time."""
-    for split in SPLITS:
-        (config.out_dir / split).mkdir(exist_ok=True)
-    config_json = config.model_dump_json()
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(config.num_workers, mp_context=context, initializer=_end_with_parent) as pool:
-        running: dict[Future[ShardRecord], _Slice] = {}
-        try:
-            for piece in slices:
-                running[pool.submit(_build_shard, config_json, piece, salt)] = piece
-                while len(running) >= 2 * config.num_workers:
-                    yield from _finished(running)
-            while running:
-                yield from _finished(running)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def ask_stage(job: Job, planned: Planned, options: AskOptions = AskOptions()) -> list[AskSummary]:
+    """Reports, then sub-captions: what has no answer yet. Empty where no model is configured."""
+    if job.part.count > 1 and job.ledger_path.is_file() and not job.part_ledger_path.is_file():
+        merge_ledgers(job.part_ledger_path, [job.ledger_path])  # what is answered is not asked by a part again
+    TokenCounter(job.config.tokenizer).load()  # a wrong name shows before anything is paid
+    tools, how = job.asking_tools, asdict(options)
+    summaries = []
+    if tools.describer is not None:
+        summaries.append(tools.describer.prepare(undescribed(job, planned), **how))
+    if job.config.decomposer.kind == "llm":
+        summaries.append(cast("LLMSplitter", tools.decomposer).prepare(captions(job, planned), **how))
+    return summaries
 
 
-def _finished(running: dict[Future[ShardRecord], _Slice]) -> Iterator[tuple[_Slice, ShardRecord]]:
-    done, _ = wait(running, return_when=FIRST_COMPLETED)
-    for future in done:
-        yield running.pop(future), future.result()
+def _caption_stage(job: Job, planned: Planned) -> None:
+    if job.config.describer is None and job.config.decomposer.kind != "llm":
+        return
+    for summary in ask_stage(job, planned):
+        if summary.stopped_by is not None:
+            raise InputError(
+                f"{summary.task}: stopped by {summary.stopped_by} with {summary.num_left} questions left ({summary}); "
+                "raise it and run again: what is answered is kept"
+            )
 
 
-def _end_with_parent() -> None:
-    """In a worker process: a killed parent cannot end its workers, which would wait for work for ever, and first
-    finish the shard that the next preparation is writing."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@lru_cache(1)
-def _decomposer(config_json: str) -> Decomposer:
-    config = PrepareConfig.model_validate_json(config_json)
-    return make_decomposer(config.decomposer, config.out_dir / "decompositions.sqlite")
-
-
-@lru_cache(1)
-def _ontology(path: Path | None) -> Ontology | None:
-    return None if path is None else Ontology.load(path)
-
-
-def _build_shard(config_json: str, piece: _Slice, salt: str) -> ShardRecord:
-    """In a worker process: one shard, or its record if it is already there."""
-    config = PrepareConfig.model_validate_json(config_json)
-    decomposer, ontology = _decomposer(config_json), _ontology(config.ontology_path)
-    path = config.out_dir / piece.split / f"shard-{piece.number:06d}.tar"
-    digest = _inputs_digest(config, piece, salt, decomposer)
-    if (record := read_record(path, digest)) is not None:
-        return record
-    rejected, notes = list(piece.rejected), Counter[str]()
-
-    def samples() -> Iterator[tuple[Sample, bytes]]:
-        for row in piece.rows:
-            try:
-                image = read_image(row, config)
-                sample = make_sample(config, row, image, ontology, decomposer, salt, notes)
-            except ImageRejected as problem:
-                rejected.append(Rejection(row.table, row.row, "image", str(problem)))
-            except ValidationError as problem:
-                rejected.append(Rejection(row.table, row.row, *_first_problem(problem)))
-            else:
-                yield sample, image.jpeg
-
-    made = list(samples())
-    return write_shard(path, made, rejected, digest, dict(+notes))
-
-
-def _first_problem(error: ValidationError) -> tuple[str, str]:
-    """Field and reason, without the value: it is the patient's, and the ledger is shared."""
-    problem = error.errors(include_url=False, include_input=False)[0]
-    return ".".join([error.title.lower(), *map(str, problem["loc"])]), problem["msg"].removeprefix("Value error, ")
-
-
-def _inputs_digest(config: PrepareConfig, piece: _Slice, salt: str, decomposer: Decomposer) -> str:
-    digest = hashlib.sha256(f"{config_digest(config)} {decomposer.name} {salt}".encode())
-    for row in piece.rows:
-        digest.update(repr(row).encode())
-        if config.decomposer.kind == "llm" and row.caption is not None:
-            # a caption without an answer is asked again in the next run, which may bring one
-            digest.update(repr(decomposer.decompose(row.caption)).encode())
-        if row.image.path is not None and row.image.path.exists():
-            status = row.image.path.stat()
-            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-    for rejection in piece.rejected:
-        digest.update(repr(rejection).encode())
-    return digest.hexdigest()
-
-
-def read_image(row: SourceRow, config: PrepareConfig) -> EncodedImage:
-    """Raises ImageRejected."""
-    if row.image.path is not None:
-        return load_image(row.image.path, config.images)
-    assert row.image.synthetic_seed is not None and row.image.synthetic_px is not None
-    return encode_image(draw(row.image.synthetic_seed, row.image.synthetic_px), config.images)
-
-
-def make_sample(
-    config: PrepareConfig,
-    row: SourceRow,
-    image: EncodedImage,
-    ontology: Ontology | None,
-    decomposer: Decomposer,
-    salt: str,
-    notes: Counter[str],
-) -> Sample:
-    """One row and its image to a sample: captions of every aspect, groups hashed, nothing else of the row."""
-    assert row.caption is not None  # sources reject rows without words
-    captions = [Caption(aspect=Aspect.CAPTION, text=row.caption)]
-    diagnosis_path = row.diagnosis_path if ontology is None else ontology.canonical_path(row.diagnosis_path)
-    if row.diagnosis is not None:
-        node = ontology.match(row.diagnosis) if ontology is not None else None
-        if not diagnosis_path and ontology is not None and node is not None:
-            diagnosis_path = ontology.path(node)
-        notes["diagnosis not in the ontology"] += int(ontology is not None and not diagnosis_path)
-        captions.append(Caption(aspect=Aspect.DIAGNOSIS, text=diagnosis_caption(row.diagnosis, diagnosis_path)))
-    if (concepts := concepts_caption(row.concepts)) is not None:
-        captions.append(Caption(aspect=Aspect.VISUAL_CONCEPTS, text=concepts))
-    decomposition = decomposer.decompose(row.caption)
-    captions += decomposition.subcaptions
-    notes.update(f"sub-caption dropped: {dropped.reason}" for dropped in decomposition.dropped)
-    notes["caption the model could not split"] += int(decomposition.failure is not None)
-    return Sample(
-        key=f"{config.name}-{row.row:09d}" if row.split is None else f"{config.name}-{row.split}-{row.row:09d}",
-        captions=tuple(captions),
-        diagnosis=row.diagnosis,
-        diagnosis_path=diagnosis_path,
-        concepts=row.concepts,
-        body_site=row.body_site,
-        demographics=row.demographics,
-        modality=row.modality,
-        group=None if row.group is None else _hash_group(config.name, row.group, salt),
-        dataset=config.name,
-        licence=row.licence,
-        image_sha256=image.sha256,
-    )
-
-
-def _hash_group(dataset: str, group: str, salt: str) -> str:
-    return hashlib.blake2b(f"{dataset}/{group}".encode(), key=salt.encode()[:64], digest_size=8).hexdigest()
+def _gather_answers(job: Job) -> None:
+    """Answers of a job array's parts into one ledger; the shards read that one."""
+    if parts := sorted(job.work_dir.glob("answers.part-*.sqlite")):
+        with lock(job.work_dir / ".answers.lock", "another gathering of answers", wait_s=600):
+            for part in parts:
+                if part.is_file():  # another job of the array may have been first
+                    merge_ledgers(job.ledger_path, [part])
+                    part.unlink()

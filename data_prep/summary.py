@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from data_prep.rejected import read_ledger
 from data_prep.schema import SUBCAPTION_ASPECTS, ShardManifest
 
 
@@ -16,19 +16,20 @@ def print_summary(out_dir: Path, manifests: Mapping[str, ShardManifest], seconds
         print(
             f"{split}: {manifest.num_samples} samples in {len(manifest.shards)} shards, "
             f"{len(manifest.samples_by_diagnosis)} diagnoses, "
-            f"{num_subcaptions / max(1, manifest.num_samples):.1f} sub-captions a sample ({manifest.decomposer}), "
-            f"{manifest.num_rejected} rows rejected"
+            f"{num_subcaptions / max(1, manifest.num_samples):.1f} sub-captions a sample ({manifest.decomposer})"
         )
         print("  captions by aspect: " + ", ".join(f"{a} {n}" for a, n in manifest.captions_by_aspect.items()))
         for note, count in manifest.notes.items():
             print(f"  {note}: {count}")
-        for reason, count in rejected_by_reason(out_dir / split).most_common():
-            print(f"  rejected {count}: {reason}")
-        if manifest.num_rejected:
-            print(f"  every rejected row, to repair or to leave out: {out_dir / split / 'rejected.csv'}")
-    print(f"{seconds:.1f} s, in {out_dir}")
+    for reason, count in rejected_by_reason(out_dir).most_common():
+        print(f"rejected {count}: {reason}")
+    if any(manifest.num_rejected for manifest in manifests.values()):
+        print(f"every rejected row, to repair or to leave out: {out_dir / 'rejected.csv'}")
+    if (out_dir / "caption_failures.csv").is_file():
+        print(f"captions that the model could not split: {out_dir / 'caption_failures.csv'}")
+    print(f"{seconds:.1f} s, in {out_dir}; see {out_dir / 'report.html'}")
 
 
-def rejected_by_reason(directory: Path) -> Counter[str]:
-    with (directory / "rejected.csv").open(encoding="utf-8", newline="") as file:
-        return Counter(row["reason"].split(":")[0] for row in csv.DictReader(file))
+def rejected_by_reason(out_dir: Path) -> Counter[str]:
+    """Without what follows a colon: the particulars of a row."""
+    return Counter(entry.reason.split(":")[0] for entry in read_ledger(out_dir / "rejected.csv"))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.captions.report import add_report_arguments, print_report
+from data_prep.commands import add_commands
 from data_prep.errors import InputError
 
 # Each command imports what it needs: `dermvlp prepare` runs on a machine without torch.
@@ -39,11 +38,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("overrides", nargs="*", metavar="key.path=value")
         return command
 
-    add("prepare", _prepare, "image-text pairs to shards", "YAML file, see configs/data/")
-    verify = add("verify", _verify, "check a split's shards against their SHA-256")
-    verify.add_argument("directory", type=Path)
-    captions = add("captions", _captions, "judge a caption decomposer on Derm1M's own captions")
-    add_report_arguments(captions)
+    add_commands(add)
     add("train", _train, "pretrain; goes on with the run in run_dir, if there is one", "YAML, see configs/pretrain/")
     evaluate = add("evaluate", _evaluate, "zero-shot and retrieval of a run's newest checkpoint")
     evaluate.add_argument("run_dir", type=Path)
@@ -59,31 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--recipe", help="training config; by default the demo's for synthetic or for real images")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"))
     return parser
-
-
-def _prepare(arguments: argparse.Namespace) -> int:
-    from data_prep.config import PrepareConfig, load_config
-    from data_prep.prepare import prepare
-    from data_prep.summary import print_summary
-
-    config = load_config(arguments.config, arguments.overrides, PrepareConfig)
-    started = time.monotonic()
-    print_summary(config.out_dir, prepare(config), time.monotonic() - started)
-    return 0
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from data_prep.shards import verify
-
-    manifest = verify(arguments.directory)
-    print(
-        f"{arguments.directory}: {manifest.num_samples} samples in {len(manifest.shards)} shards, every byte as written"
-    )
-    return 0
-
-
-def _captions(arguments: argparse.Namespace) -> int:
-    return print_report(arguments)
 
 
 def _train(arguments: argparse.Namespace) -> int:

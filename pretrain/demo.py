@@ -133,7 +133,7 @@ def _report(
     facts = {
         "data": f"{train.dataset}: {train.num_samples} training, {manifests['val'].num_samples} validation samples",
         "licences": ", ".join(f"{name} {count}" for name, count in train.samples_by_licence.items()),
-        "rejected rows": str(sum(manifest.num_rejected for manifest in manifests.values())),
+        "rejected rows": str(train.num_rejected),
         "sub-captions by": train.decomposer,
         "towers": f"{config.model.name}, {num_parameters / 1e6:.1f} M parameters",
         "objectives": ", ".join(f"{objective.kind} x {objective.weight:g}" for objective in config.objectives),

@@ -10,7 +10,7 @@ import torch
 
 from data_prep.config import dump_yaml
 from data_prep.errors import InputError
-from data_prep.shards import write_atomically
+from data_prep.files import write_atomically
 from pretrain.config import TrainConfig
 from pretrain.data.batch import Batch
 from pretrain.data.plan import order_digest

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from data_prep.errors import InputError
-from data_prep.shards import write_atomically
+from data_prep.files import write_atomically
 from pretrain.distributed import comm
 from pretrain.objectives.base import Term
 

@@ -56,6 +56,11 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
+def published(out_dir: Path) -> dict[str, bytes]:
+    """All but the working files, and the resolved configuration, which names the folder."""
+    return {name: data for name, data in contents(out_dir).items() if not name.startswith(("work/", "prepare.yaml"))}
+
+
 def shard_times(directory: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in directory.rglob("shard-*.tar")}
 

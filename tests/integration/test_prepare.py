@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_prep.config import PrepareConfig, TableSource
 from data_prep.errors import InputError
-from data_prep.prepare import assign_split, prepare
+from data_prep.prepare import prepare
 from data_prep.schema import Aspect
-from data_prep.sources import open_source
-from data_prep.sources.base import SourceRow
+from data_prep.shards.manifest import verify
 from pretrain.data.manifest import ShardedDataset
 from tests.integration.tables import contents, plain_rows, samples, table_config, write_image, write_table
 
@@ -46,18 +44,19 @@ def test_every_row_is_a_sample_or_a_line_of_the_ledger(tmp_path: Path) -> None:
         file.write("one,field,too many\n")
     manifest = prepare(table_config(tmp_path, samples_per_shard=4))["train"]
 
-    with (tmp_path / "out" / "train" / "rejected.csv").open(encoding="utf-8", newline="") as file:
+    with (tmp_path / "out" / "rejected.csv").open(encoding="utf-8", newline="") as file:
         ledger = {int(row["row"]): row for row in csv.DictReader(file)}
     assert {row: (line["table"], line["field"]) for row, line in ledger.items()} == {
-        2: ("t.csv", "caption.text"),
+        2: ("t.csv", "text"),
         3: ("t.csv", "text"),
-        4: ("t.csv", "file"),
+        4: ("t.csv", "image"),
         5: ("t.csv", "image"),
         6: ("t.csv", "image"),
         7: ("t.csv", "image"),
         10: ("t.csv", "(row)"),
     }
-    assert ledger[2]["reason"] == "a caption must contain words"
+    assert ledger[2]["reason"] == ledger[3]["reason"] == "no caption"
+    assert ledger[4]["reason"] == "no such image file"
     assert ledger[5]["reason"] == "empty file"
     assert ledger[6]["reason"] == "truncated or corrupt image data"
     assert ledger[7]["reason"] == "40 x 20 px: shorter side below 32 px"
@@ -65,30 +64,25 @@ def test_every_row_is_a_sample_or_a_line_of_the_ledger(tmp_path: Path) -> None:
     assert [sample.key for sample in samples(tmp_path / "out" / "train")] == [f"set-00000000{row}" for row in (1, 8, 9)]
 
 
-def test_a_split_without_a_sample_keeps_its_ledger_and_loses_its_old_shards(tmp_path: Path) -> None:
+def test_a_split_without_a_sample_loses_its_old_shards(tmp_path: Path) -> None:
     write_table(tmp_path, plain_rows(6, part=lambda i: "val" if i > 3 else "train"))
     config = table_config(tmp_path, {"split": "part"})
     assert set(prepare(config)) == {"train", "val"}
     for name in ("scan004.png", "scan005.png"):
         (tmp_path / "img" / name).write_bytes(b"")
     assert set(prepare(config)) == {"train"}
-    val_dir = tmp_path / "out" / "val"
-    assert sorted(path.name for path in val_dir.iterdir()) == ["rejected.csv", "shard-000000.json"]
-    assert [
-        line.split(",")[1:] for line in (val_dir / "rejected.csv").read_text(encoding="utf-8").splitlines()[1:]
-    ] == [
-        ["5", "image", "empty file"],
-        ["6", "image", "empty file"],
-    ]
+    assert list((tmp_path / "out" / "val").iterdir()) == []
+    lines = (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert [line.split(",")[1:] for line in lines] == [["5", "image", "empty file"], ["6", "image", "empty file"]]
 
 
 def test_nothing_usable_is_an_input_error_that_names_the_ledger(tmp_path: Path) -> None:
     write_table(tmp_path, plain_rows(2))
     for name in ("scan000.png", "scan001.png"):
         (tmp_path / "img" / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"no row became a training sample; .*'empty file': 2.*train/rejected.csv"):
+    with pytest.raises(InputError, match=r"no row became a training sample; .*'empty file': 2.*out/rejected.csv"):
         prepare(table_config(tmp_path))
-    assert (tmp_path / "out" / "train" / "rejected.csv").read_text(encoding="utf-8").count("empty file") == 2
+    assert (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8").count("empty file") == 2
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
 
 
@@ -101,11 +95,11 @@ def test_captions_of_a_sample(tmp_path: Path) -> None:
         "Eczema": [],
     }
     (tmp_path / "o.json").write_text(json.dumps(ontology), encoding="utf-8")
-    header = "filename,caption,disease_label,hierarchical_disease_label,skin_concept,body_location,age,gender"
+    header = "filename,caption,source,disease_label,hierarchical_disease_label,skin_concept,body_location,age,gender"
     lines = [
-        'a.png,A sore.,ulcer,"inflammatory, ulcers, ulcer","Erythema, crust",Leg,60,female',
-        "b.png,A rash.,eczema,,No visual concepts,No body location information,No age information,male",
-        "c.png,A spot.,no definitive diagnosis,,No visual concepts,,,",
+        'a.png,A sore.,edu,ulcer,"inflammatory, ulcers, ulcer","Erythema, crust",Leg,60,female',
+        "b.png,A rash.,edu,eczema,,No visual concepts,No body location information,No age information,male",
+        "c.png,A spot.,edu,no definitive diagnosis,,No visual concepts,,,",
     ]
     (tmp_path / "t.csv").write_text("\n".join([header, *lines]), encoding="utf-8")
     (tmp_path / "img").mkdir()
@@ -143,7 +137,7 @@ def test_group_ids_file_names_and_exif_are_in_no_byte(tmp_path: Path) -> None:
     write_table(tmp_path, rows)
     (tmp_path / "img" / "Muster_Erika_05.jpg").write_bytes(b"no image")
     manifests = prepare(table_config(tmp_path, {"group": "patient"}, val_fraction=0.3, samples_per_shard=5))
-    assert manifests["train"].num_rejected + manifests["val"].num_rejected == 1
+    assert manifests["train"].num_rejected == manifests["val"].num_rejected == 1
 
     secrets = (b"MRN-55", b"Muster", b"Erika", b"Geheim", b"2024:01:02", b"Exif", b"GPS")
     written = contents(tmp_path / "out")
@@ -177,7 +171,7 @@ def test_group_hashes_depend_on_the_secret(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("DERMVLP_SALT")
     own = group()
     assert own not in (first, hashlib.blake2b(b"set/P1", digest_size=8).hexdigest())
-    secret = tmp_path / "out" / ".salt"
+    secret = tmp_path / "out" / "work" / "salt"
     assert secret.stat().st_mode & 0o077 == 0 and len(secret.read_text(encoding="utf-8")) == 32
     assert group() == own  # made once, kept
     monkeypatch.setenv("DERMVLP_SALT", "")
@@ -188,40 +182,83 @@ def test_group_hashes_depend_on_the_secret(tmp_path: Path, monkeypatch: pytest.M
 # ---------------------------------------------------------------------------------------------- splits
 
 
-def splits(config: PrepareConfig) -> dict[tuple[str | None, str], str]:
-    rows = [row for row in open_source(config.source).rows() if isinstance(row, SourceRow)]
-    return {(row.group, row.caption or ""): assign_split(config, row) for row in rows}
+def sides(out_dir: Path) -> dict[str, str]:
+    """Caption -> split."""
+    return {sample.caption: split for split in ("train", "val") for sample in samples(out_dir / split)}
 
 
 def test_groups_stay_on_one_side_and_where_they_were(tmp_path: Path) -> None:
-    rows = plain_rows(400, patient=lambda i: f"P{i // 2}" if i < 200 else "")
-    write_table(tmp_path, rows[:300])
-    config = table_config(tmp_path, {"group": "patient"}, val_fraction=0.2)
-    first = splits(config)
-    sides: dict[str, set[str]] = {}
-    for (group, _), split in first.items():
-        if group is not None:
-            sides.setdefault(group, set()).add(split)
-    assert len(sides) == 100 and all(len(side) == 1 for side in sides.values())
-    assert 0.1 < sum(split == "val" for split in first.values()) / 300 < 0.3
+    rows = plain_rows(120, patient=lambda i: f"P{i // 2}" if i < 80 else "", dx=lambda i: ("acne", "eczema")[i % 2])
+    write_table(tmp_path, rows[:90])
+    config = table_config(tmp_path, {"group": "patient", "diagnosis": "dx"}, val_fraction=0.2)
+    prepare(config)
+    first = sides(tmp_path / "out")
+    of_patient: dict[str, set[str]] = {}
+    for row in rows[:80]:
+        of_patient.setdefault(row["patient"], set()).add(first[row["text"]])
+    assert len(of_patient) == 40 and all(len(side) == 1 for side in of_patient.values())
+    assert 0.15 < sum(split == "val" for split in first.values()) / 90 < 0.25
 
     random.Random(0).shuffle(rows)  # rows are added, and all stand elsewhere
+    (tmp_path / "t.csv").unlink()
     write_table(tmp_path, rows)
-    later = splits(config)
-    assert len(later) == 400 and {key: later[key] for key in first} == first
-    more = splits(config.model_copy(update={"val_fraction": 0.4}))
-    assert {key for key, split in later.items() if split == "val"} < {k for k, split in more.items() if split == "val"}
+    with pytest.raises(InputError, match=r"30 row\(s\) new or changed"):
+        prepare(config)
+    prepare(config, accept_changes=True)
+    later = sides(tmp_path / "out")
+    assert len(later) == 120 and {caption: later[caption] for caption in first} == first
+    assert 0.15 < sum(split == "val" for split in later.values()) / 120 < 0.25
+    prepare(config.model_copy(update={"val_fraction": 0.4}))  # what was decided stays: it is for rows to come
+    assert sides(tmp_path / "out") == later
 
-    (tmp_path / "img").rename(tmp_path / "moved")  # without a group the image's name decides, not the folder
-    assert isinstance(config.source, TableSource)
-    source = config.source.model_copy(update={"image_dir": tmp_path / "moved"})
-    assert splits(config.model_copy(update={"source": source})) == later
 
-
-def test_a_source_that_splits_a_group_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_group_on_both_sides_of_the_sources_own_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = plain_rows(6, patient=lambda i: f"MRN{i // 2}", part=lambda i: "val" if i in (1, 4, 5) else "train")
     write_table(tmp_path, rows)
+    columns = {"group": "patient", "split": "part"}
+    assert {s: m.num_samples for s, m in prepare(table_config(tmp_path, columns)).items()} == {"train": 2, "val": 3}
+    ledger = (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert ledger == ["t.csv,1,image,leakage: its group is also in val"]
+    with pytest.raises(InputError, match="1 training rows are also in what they would be judged on"):
+        prepare(table_config(tmp_path, columns, duplicates={"leakage": "fail"}))
     with caplog.at_level(logging.WARNING):
-        prepare(table_config(tmp_path, {"group": "patient", "split": "part"}))
+        manifests = prepare(table_config(tmp_path, columns, duplicates={"leakage": "keep"}))
+    assert {split: manifest.num_samples for split, manifest in manifests.items()} == {"train": 3, "val": 3}
     (record,) = caplog.records
-    assert "1 of 3 groups" in record.getMessage() and "MRN" not in record.getMessage()
+    assert "1 share a group with val" in record.getMessage() and "MRN" not in record.getMessage()
+
+
+def test_evaluation_sets_are_kept_out_of_training(tmp_path: Path) -> None:
+    """A folder of images, one of them a re-encoded copy of ours, and a split that was prepared before."""
+    write_table(tmp_path, plain_rows(8))
+    judged = tmp_path / "judged" / "deep"
+    judged.mkdir(parents=True)
+    smooth = Image.effect_mandelbrot((90, 80), (-2, -1.2, 1, 1.2), 60).convert("RGB")
+    smooth.save(tmp_path / "img" / "scan003.png")
+    smooth.resize((180, 160)).save(judged / "Muster_Erika.JPG", format="JPEG", quality=70)
+    (judged / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "other" / "img").mkdir(parents=True)
+    (tmp_path / "img" / "scan005.png").rename(tmp_path / "other" / "img" / "scan000.png")
+    write_table(tmp_path / "other", plain_rows(3))
+    (tmp_path / "img" / "scan005.png").write_bytes((tmp_path / "other" / "img" / "scan000.png").read_bytes())
+    for number in (0, 1, 2):
+        if number:
+            write_image(tmp_path / "other" / "img" / f"scan00{number}.png", 50 + number)
+    prepare(table_config(tmp_path / "other"))
+    sets = [
+        {"name": "folder", "path": tmp_path / "judged"},
+        {"name": "prepared", "path": tmp_path / "other" / "out" / "train"},
+    ]
+    config = table_config(tmp_path, duplicates={"against": sets})
+    assert prepare(config)["train"].num_samples == 6
+    ledger = (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert ledger == [
+        't.csv,4,image,"leakage: its image, or a near copy, is in the evaluation set folder"',
+        't.csv,6,image,"leakage: its image, or a near copy, is in the evaluation set prepared"',
+    ]
+    page = (tmp_path / "out" / "duplicates.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 4 and "Muster" not in page and "scan00" not in page
+    verify(tmp_path / "out" / "train")
+    for wrong, message in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "out" / "val", "no image here")):
+        with pytest.raises(InputError, match=f"duplicates.against: folder: .*{message}"):
+            prepare(table_config(tmp_path, duplicates={"against": [{"name": "folder", "path": wrong}]}))

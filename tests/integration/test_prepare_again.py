@@ -18,9 +18,9 @@ from data_prep.config import PrepareConfig, SyntheticSource, dump_yaml
 from data_prep.errors import InputError
 from data_prep.prepare import prepare
 from data_prep.schema import Aspect, ShardManifest
-from data_prep.shards import verify
+from data_prep.shards.manifest import verify
 from tests.integration.llm_server import Reply, answer, serve
-from tests.integration.tables import contents, plain_rows, samples, shard_times, table_config, write_image, write_table
+from tests.integration.tables import plain_rows, published, samples, shard_times, table_config, write_image, write_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SALT = "a secret of these tests"
@@ -97,33 +97,33 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path: Path,
     assert 5 <= len(done) < 20
 
     assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode == 0
-    assert contents(out_dir) == contents(finished)
+    assert published(out_dir) == published(finished)
     assert {name: Path(name).with_suffix(".tar").stat().st_mtime_ns for name in done} == done  # not made again
 
 
 def test_a_second_run_and_another_number_of_workers_change_nothing(finished: Path) -> None:
-    before, times = contents(finished), shard_times(finished)
+    before, times = published(finished), shard_times(finished)
     manifests = prepare(synthetic_config(finished, num_workers=1))
-    assert contents(finished) == before and shard_times(finished) == times
+    assert published(finished) == before and shard_times(finished) == times
     assert {split: manifest.num_samples for split, manifest in manifests.items()} == {"train": 160, "val": 20}
     for path in finished.rglob("shard-*"):
         path.unlink()
     prepare(synthetic_config(finished, num_workers=3))
-    assert contents(finished) == before and all(shard_times(finished)[name] != times[name] for name in times)
+    assert published(finished) == before and all(shard_times(finished)[name] != times[name] for name in times)
 
 
 def test_what_verify_finds_is_mended_by_preparing_again(finished: Path) -> None:
-    before, times = contents(finished), shard_times(finished)
+    before, times = published(finished), shard_times(finished)
     damaged = finished / "train" / "shard-000004.tar"
     content = bytearray(damaged.read_bytes())
     content[900] ^= 1
     damaged.write_bytes(content)
     (finished / "val" / "shard-000001.tar").unlink()
     for directory in (finished / "train", finished / "val"):
-        with pytest.raises(InputError, match="run `dermvlp prepare` again"):
+        with pytest.raises(InputError, match="run `dermvlp repair`"):
             verify(directory)
     prepare(synthetic_config(finished))
-    assert contents(finished) == before
+    assert published(finished) == before
     made_again = {name for name, time_ns in shard_times(finished).items() if times[name] != time_ns}
     assert made_again == {str(damaged), str(finished / "val" / "shard-000001.tar")}
 

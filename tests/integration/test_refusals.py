@@ -65,14 +65,14 @@ def test_rejected_rows_are_listed_with_their_reason_and_counted(
 ) -> None:
     assert main(["prepare", str(table)]) == 0
     printed = capsys.readouterr().out
-    with (table.parent / "out" / "train" / "rejected.csv").open(newline="") as file:
+    with (table.parent / "out" / "rejected.csv").open(newline="") as file:
         rejected = {int(row["row"]): row for row in csv.DictReader(file)}
     assert set(rejected) == {2, 3, 4}
     assert rejected[2]["field"] == "image" and "truncated" in rejected[2]["reason"]
     assert rejected[3]["field"] == "text"
-    assert rejected[4]["field"] == "file"
+    assert (rejected[4]["field"], rejected[4]["reason"]) == ("image", "no such image file")
     assert all(row["table"] == "table.csv" for row in rejected.values())
-    assert "2 samples" in printed and "3 rows rejected" in printed
+    assert "2 samples" in printed and "rejected 1: truncated or corrupt image data" in printed
 
 
 def test_missing_column(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

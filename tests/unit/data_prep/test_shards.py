@@ -17,19 +17,23 @@ from PIL import Image
 
 from data_prep.config import ImageOptions
 from data_prep.errors import InputError
-from data_prep.images import encode_image
-from data_prep.schema import ASPECT_CODE, NO_ASPECT_CODE, Aspect, Caption, Sample, text_hash
-from data_prep.shards import ShardRecord, read_record, verify, write_ledger, write_manifest, write_shard
+from data_prep.images.convert import prepare_drawn
+from data_prep.rejected import write_ledger
+from data_prep.schema import ASPECT_CODE, HASH_DTYPE, NO_ASPECT_CODE, Aspect, Caption, Sample, text_hash
+from data_prep.shards.manifest import damaged_shards, read_hashes, verify, write_manifest
+from data_prep.shards.shard import ShardRecord, read_record, write_shard
 from data_prep.sources.base import Rejection
 from pretrain.data.manifest import ShardedDataset
 
-Pair = tuple[Sample, bytes]
+Pair = tuple[Sample, bytes, np.void]
 
 
 def make_pair(number: int, num_sub_captions: int = 1) -> Pair:
     """A sample whose JPEG has a size of its own, so that wrong offsets cannot go unnoticed."""
     pixels = np.random.default_rng(number).integers(0, 255, (32, 32 + 3 * number, 3), dtype=np.uint8)
-    image = encode_image(Image.fromarray(pixels), ImageOptions())
+    image = prepare_drawn(Image.fromarray(pixels), ImageOptions())
+    hashes = np.zeros(1, dtype=HASH_DTYPE)
+    hashes["pixels"], hashes["perceptual"] = np.frombuffer(image.pixel_sha256, dtype=np.uint8), image.perceptual_hash
     captions = [Caption(aspect=Aspect.CAPTION, text=f"Ekzem Nr. {number}, größer als üblich")]
     captions += [Caption(aspect=Aspect.MORPHOLOGY, text=f"finding {k}") for k in range(num_sub_captions)]
     sample = Sample(
@@ -40,7 +44,7 @@ def make_pair(number: int, num_sub_captions: int = 1) -> Pair:
         licence="CC0" if number else None,
         image_sha256=image.sha256,
     )
-    return sample, image.jpeg
+    return sample, image.jpeg, hashes[0]
 
 
 def write_split(directory: Path, sizes: Sequence[int]) -> list[ShardRecord]:
@@ -50,9 +54,9 @@ def write_split(directory: Path, sizes: Sequence[int]) -> list[ShardRecord]:
     for shard, size in enumerate(sizes):
         pairs = [make_pair(start + i, num_sub_captions=i % 3) for i in range(size)]
         rejected = [Rejection("t.csv", 100 + shard, "image", "empty file")]
-        records.append(write_shard(directory / f"shard-{shard:06d}.tar", pairs, rejected, f"inputs {shard}"))
+        path = directory / f"shard-{shard:06d}.tar"
+        records.append(write_shard(path, pairs, rejected=rejected, inputs_digest=f"inputs {shard}"))
         start += size
-    write_ledger(directory, records)
     write_manifest(
         directory,
         records,
@@ -61,6 +65,7 @@ def write_split(directory: Path, sizes: Sequence[int]) -> list[ShardRecord]:
         image_short_side=32,
         decomposer="rules-1",
         config_digest="0" * 16,
+        num_rejected=len(sizes),
     )
     return records
 
@@ -81,11 +86,12 @@ def test_webdataset_reads_every_member(split_dir: Path) -> None:
     assert [row[0] for row in rows] == [f"set-{number:09d}" for number in range(7)]
     dataset = ShardedDataset(split_dir)
     for number, (key, image, sample, caption) in enumerate(rows):
-        expected, jpeg = make_pair(number, num_sub_captions=(0, 1, 2, 0, 1, 2, 0)[number])
+        expected, jpeg, hashes = make_pair(number, num_sub_captions=(0, 1, 2, 0, 1, 2, 0)[number])
         assert image.size == (32 + 3 * number, 32) and key == expected.key
         assert Sample.model_validate(sample) == expected == dataset.read_sample(number)
         assert caption == expected.caption == f"Ekzem Nr. {number}, größer als üblich"
         assert dataset.read_image(number) == jpeg
+        assert read_hashes(split_dir)[number] == hashes
 
 
 def test_index_offsets_name_the_bytes_that_tarfile_finds(split_dir: Path) -> None:
@@ -132,10 +138,16 @@ def test_manifest_counts_and_hashes(split_dir: Path) -> None:
     assert manifest.captions_by_aspect == {Aspect.CAPTION: 7, Aspect.MORPHOLOGY: 6}
     assert manifest.samples_by_diagnosis == {"unknown": 4, "eczema": 3}
     assert manifest.samples_by_licence == {"CC0": 6, "unknown": 1}
-    assert manifest.num_rejected == 3  # also the one of the shard without a sample
-    ledger = (split_dir / "rejected.csv").read_text(encoding="utf-8").splitlines()
-    assert ledger == ["table,row,field,reason", *(f"t.csv,{row},image,empty file" for row in (100, 101, 102))]
+    assert manifest.num_rejected == 3
+    assert [shard.licences for shard in manifest.shards] == [{"unknown": 1, "CC0": 2}, {"CC0": 4}]
     assert verify(split_dir) == manifest
+
+
+def test_the_ledger_of_rejected_rows(tmp_path: Path) -> None:
+    entries = [Rejection("t.csv", row, "image", "empty file") for row in (100, 101)]
+    assert write_ledger(tmp_path / "rejected.csv", entries) == 2
+    lines = (tmp_path / "rejected.csv").read_text(encoding="utf-8").splitlines()
+    assert lines == ["table,row,field,reason", "t.csv,100,image,empty file", "t.csv,101,image,empty file"]
 
 
 def test_equal_inputs_give_equal_bytes(split_dir: Path, tmp_path: Path) -> None:
@@ -145,7 +157,7 @@ def test_equal_inputs_give_equal_bytes(split_dir: Path, tmp_path: Path) -> None:
     assert names == {
         *("shard-000000.tar", "shard-000002.tar"),
         *("shard-000000.json", "shard-000001.json", "shard-000002.json"),
-        *("index.npy", "manifest.json", "rejected.csv"),
+        *("index.npy", "image_hashes.npy", "manifest.json"),
     }
     for name in names:
         assert (split_dir / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
@@ -161,10 +173,11 @@ def test_while_a_shard_is_rewritten_nothing_vouches_for_the_folder(tmp_path: Pat
             seen.append({path.name for path in tmp_path.iterdir()})
             yield make_pair(number)
 
-    write_shard(tmp_path / "shard-000000.tar", pairs(), [], "other inputs")
+    write_shard(tmp_path / "shard-000000.tar", pairs(), inputs_digest="other inputs")
     for names in seen:
         assert "manifest.json" not in names and "shard-000000.json" not in names
-        assert {"shard-000000.tar", "shard-000000.tar.partial"} <= names  # the old one stays until the new one is whole
+        assert "shard-000000.tar" in names  # the old one stays until the new one is whole
+        assert any(name.endswith(".partial") for name in names)
 
 
 # ---------------------------------------------------------------------------------------------- what is damaged
@@ -172,14 +185,17 @@ def test_while_a_shard_is_rewritten_nothing_vouches_for_the_folder(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("shard-000000.tar", 5), ("shard-000000.tar", 700), ("shard-000000.tar", -1), ("index.npy", 300)],
+    [
+        *(("shard-000000.tar", place) for place in (5, 700, -1)),
+        *(("index.npy", 300), ("image_hashes.npy", 200)),
+    ],
 )
 def test_verify_finds_a_flipped_bit(tmp_path: Path, name: str, place: int) -> None:
     write_split(tmp_path, (2,))
     content = bytearray((tmp_path / name).read_bytes())
     content[place] ^= 1
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}: .*SHA-256 is not the manifest's; run `dermvlp prepare` again"):
+    with pytest.raises(InputError, match=rf"{name}: .*SHA-256 is not the manifest's; run `dermvlp repair`"):
         verify(tmp_path)
 
 
@@ -248,7 +264,7 @@ def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     write_split(tmp_path, (1,))
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_bytes()), "schema_version": 99}), encoding="utf-8")
-    with pytest.raises(InputError, match=r"manifest.json: schema version 99, expected 1; prepare again"):
+    with pytest.raises(InputError, match=r"manifest.json: schema version 99, expected 2; prepare again"):
         ShardedDataset(tmp_path)
 
 
@@ -281,3 +297,24 @@ def test_files_stay_open_only_for_the_shards_read_last(tmp_path: Path) -> None:
     assert 0 < len(list(open_files.iterdir())) - before <= 64
     assert [dataset.read_image(position) for position in range(80)] == images  # closed ones are opened again
     assert images == [make_pair(number)[1] for number in range(80)]
+
+
+def test_verify_notices_an_index_that_names_other_captions(tmp_path: Path) -> None:
+    """Files whose SHA-256 is right, and which do not belong together."""
+    write_split(tmp_path, (2,))
+    index = np.load(tmp_path / "index.npy")
+    index["text_hash"][1, 0] ^= 1
+    np.save(tmp_path / "index.npy", index)
+    manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    manifest["index_sha256"] = hashlib.sha256((tmp_path / "index.npy").read_bytes()).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(InputError, match="set-000000001: image or captions are not those of the index"):
+        verify(tmp_path)
+
+
+def test_damaged_shards_are_named(tmp_path: Path) -> None:
+    write_split(tmp_path, (2, 2, 2))
+    assert damaged_shards(tmp_path) == []
+    (tmp_path / "shard-000000.tar").unlink()
+    os.truncate(tmp_path / "shard-000002.tar", 512)
+    assert damaged_shards(tmp_path) == [tmp_path / "shard-000000.tar", tmp_path / "shard-000002.tar"]

@@ -1,0 +1,1 @@
+"""Which row becomes a sample, and of which split."""

@@ -1,0 +1,207 @@
+"""The stage `plan`: reads what the scan found, decides every row's fate, and writes down why.
+
+Writes WORK/{rows,facts,fate,splits}.npy, WORK/plan.json, WORK/rejected.csv and OUT/duplicates.html.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.config import EvaluationSet
+from data_prep.errors import InputError
+from data_prep.files import atomic, write_atomically
+from data_prep.images import scan
+from data_prep.job import Job
+from data_prep.labels.coverage import concept_coverage, diagnosis_coverage
+from data_prep.planning.copies import write_copies
+from data_prep.planning.plan import REJECTED, TRAIN, EvaluationImages, Plan, Why, make_plan, names_of
+from data_prep.planning.rows import RowTable, SourceState, read_rows
+from data_prep.planning.splits import remember_splits
+from data_prep.progress import Progress
+from data_prep.rejected import write_ledger
+from data_prep.schema import text_hash
+from data_prep.shards.manifest import read_hashes, read_image, read_manifest
+from data_prep.sources.base import ImageReference, Rejection
+
+log = logging.getLogger(__name__)
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
+
+
+@dataclass
+class Planned:
+    """A finished plan, memory-mapped."""
+
+    rows: NDArray[np.void]  # (N,) ROW_DTYPE
+    facts: NDArray[np.void]  # (M,) FACT_DTYPE
+    fate: NDArray[np.uint8]  # (N,)
+    summary: dict[str, Any]  # counts, warnings, coverage
+
+
+def load(job: Job) -> Planned:
+    """Raises InputError where there is no plan, or one made under other settings."""
+    try:
+        summary = json.loads((job.work_dir / "plan.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        raise InputError(f"{job.work_dir}: not planned yet; run the stage plan first") from None
+    if summary["settings"] != job.plan_settings:
+        raise InputError(f"{job.work_dir}: planned under other settings; run the stage plan again")
+    rows, facts, fate = (
+        np.load(job.work_dir / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("rows", "facts", "fate")
+    )
+    return Planned(rows, facts, fate, summary)
+
+
+def plan_stage(job: Job, *, accept_changes: bool) -> None:
+    """Raises InputError where images are not scanned yet, the source changed, or there is leakage that must not be."""
+    (job.work_dir / "plan.json").unlink(missing_ok=True)
+    state = SourceState(job.work_dir)
+    with Progress("planning", unit="rows") as progress:
+        table = read_rows(job.source, job.config.name, job.salt, progress.advance)
+    if not accept_changes:
+        state.check_rows(table, job.source_settings)
+    facts, reasons = scan.load(job.scan_dir, table.images, job.config.images_per_chunk)
+    evaluation_sets = [_evaluation_images(job, each) for each in job.config.duplicates.against]
+    plan = make_plan(
+        table.rows,
+        facts,
+        evaluation_sets,
+        job.config.duplicates,
+        job.config.val_fraction,
+        _read_splits(job.work_dir),
+        lambda name: log.info("planning: %s", name),
+    )
+    for warning in plan.warnings:
+        log.warning("%s: %s", job.config.name, warning)
+    _write(job, table, facts, plan, reasons, evaluation_sets)
+    state.save(table, job.source_settings)
+
+
+def _write(
+    job: Job,
+    table: RowTable,
+    facts: NDArray[np.void],
+    plan: Plan,
+    reasons: dict[int, str],
+    evaluation_sets: list[EvaluationImages],
+) -> None:
+    names = [each.name for each in evaluation_sets]
+    num_rejected = write_ledger(
+        job.work_dir / "rejected.csv", _in_order([*table.rejected, *_rejections(table, plan, reasons, names)])
+    )
+    for name, array in (("facts", facts), ("fate", plan.fate)):
+        with atomic(job.work_dir / f"{name}.npy") as file:
+            np.save(file, array, allow_pickle=False)
+    _write_splits(job.work_dir, table.rows, facts, plan.fate)
+    tools = job.tools
+    summary = {
+        "settings": job.plan_settings,
+        "num_rows": len(table.rows) + len(table.rejected),
+        "num_rejected": num_rejected,
+        "counts": plan.counts,
+        "warnings": plan.warnings,
+        "diagnoses": None
+        if tools.ontology is None
+        else diagnosis_coverage(table.diagnoses, tools.ontology, job.config.ontology_min_similarity),
+        "concepts": None if tools.concepts is None else concept_coverage(table.concepts, tools.concepts),
+    }
+    write_copies(job, table, facts, plan, evaluation_sets)
+    write_atomically(job.work_dir / "plan.json", json.dumps(summary, indent=1).encode())
+
+
+def _in_order(rejections: list[Rejection]) -> list[Rejection]:
+    return sorted(rejections, key=lambda rejection: (rejection.table, rejection.row))
+
+
+def _rejections(
+    table: RowTable, plan: Plan, reasons: dict[int, str], evaluation_sets: list[str]
+) -> Iterator[Rejection]:
+    for position in np.flatnonzero(plan.why != Why.KEPT):
+        why, detail = Why(plan.why[position]), int(plan.detail[position])
+
+        def other(row: int = detail) -> str:
+            return f"row {table.rows['row'][row]} of {table.tables[table.rows['table'][row]]}"
+
+        match why:
+            case Why.IMAGE:
+                reason = reasons[detail]
+            case Why.SAME_PAIR:
+                reason = f"repeated pair: the image and the caption of {other()}"
+            case Why.COPY:
+                reason = f"copy of an image: that of {other()}"
+            case Why.VAL_GROUP:
+                reason = "leakage: its group is also in val"
+            case Why.VAL_IMAGE:
+                reason = "leakage: its image, or a near copy, is also in val"
+            case Why.EVALUATION_IMAGE:
+                reason = f"leakage: its image, or a near copy, is in the evaluation set {evaluation_sets[detail]}"
+            case Why.EVALUATION_GROUP:
+                reason = f"leakage: an image of its group is in the evaluation set {evaluation_sets[detail]}"
+            case Why.KEPT:
+                continue
+        row = table.rows[position]
+        yield Rejection(
+            table.tables[row["table"]], int(row["row"]), "(row)" if why == Why.SAME_PAIR else "image", reason
+        )
+
+
+# ---------------------------------------------------------------------------------------------- splits, kept
+
+
+def _read_splits(work_dir: Path) -> NDArray[np.void] | None:
+    """(E,) SPLIT_DTYPE of earlier plans."""
+    path = work_dir / "splits.npy"
+    return np.load(path, allow_pickle=False) if path.is_file() else None
+
+
+def _write_splits(work_dir: Path, rows: NDArray[np.void], facts: NDArray[np.void], fate: NDArray[np.uint8]) -> None:
+    if not (alive := fate != REJECTED).any():
+        return
+    names, sides = names_of(rows[alive], facts), (fate[alive] - TRAIN).astype(np.uint8)
+    kept = remember_splits(names, sides, _read_splits(work_dir))
+    with atomic(work_dir / "splits.npy") as file:
+        np.save(file, kept, allow_pickle=False)
+
+
+# ---------------------------------------------------------------------------------------------- evaluation sets
+
+
+def evaluation_images(each: EvaluationSet) -> Iterable[ImageReference] | None:
+    """The images to scan; None for a split made by `prepare`, which has its hashes with it."""
+    if not each.path.is_dir():
+        raise InputError(f"duplicates.against: {each.name}: {each.path}: no such folder")
+    if (each.path / "manifest.json").is_file():
+        return None
+    paths = sorted(path for path in each.path.rglob("*") if path.suffix.lower() in _IMAGE_ENDINGS and path.is_file())
+    if not paths:
+        raise InputError(f"duplicates.against: {each.name}: {each.path}: no image here ({', '.join(_IMAGE_ENDINGS)})")
+    return [ImageReference(path.relative_to(each.path).as_posix(), path) for path in paths]
+
+
+def _evaluation_images(job: Job, each: EvaluationSet) -> EvaluationImages:
+    images = evaluation_images(each)
+    if images is None:
+        hashes, manifest = read_hashes(each.path), read_manifest(each.path)
+        index = np.load(each.path / "index.npy", mmap_mode="r", allow_pickle=False)
+
+        def read_jpeg(image: int) -> bytes:
+            return read_image(each.path, manifest, index[image])
+
+    else:
+        names = np.array([text_hash(image.name) for image in images], dtype=np.uint64)
+        hashes, reasons = scan.load(job.against_dir(each.name), names, job.config.images_per_chunk)
+        hashes = hashes[~hashes["rejected"]]
+
+        def read_jpeg(image: int) -> bytes:
+            return scan.read_jpeg(job.against_dir(each.name), hashes[image])
+
+        if reasons:
+            log.warning("%s: %d images of the evaluation set cannot be read", each.name, len(reasons))
+    return EvaluationImages(each.name, hashes["pixels"], np.ascontiguousarray(hashes["perceptual"]), read_jpeg)

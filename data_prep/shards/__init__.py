@@ -1,0 +1,1 @@
+"""Samples, and the tars, index and manifest that they go into."""

@@ -1,0 +1,168 @@
+"""One shard: a WebDataset tar with a sidecar that says what went into it.
+
+In the tar each sample is `KEY.jpg`, `KEY.json` (the whole Sample) and `KEY.txt` (the plain caption), so that
+open_clip's loader and any WebDataset reader can train on the same shards.
+
+A shard gets its name when it is whole, then its sidecar `NAME.json`; the manifest (manifest.py) comes last. So a killed
+preparation leaves no torn shard, and the next one makes those that are missing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from data_prep.files import atomic, file_sha256, write_atomically
+from data_prep.schema import (
+    ASPECT_CODE,
+    HASH_DTYPE,
+    INDEX_DTYPE,
+    MAX_CAPTIONS,
+    NO_ASPECT_CODE,
+    Sample,
+    ShardInfo,
+    text_hash,
+)
+from data_prep.sources.base import Rejection
+
+
+class RejectionRecord(BaseModel):
+    table: str
+    row: int
+    field: str
+    reason: str
+
+
+class ShardRecord(BaseModel):
+    """The sidecar of one shard: all that the manifest needs of it, without opening the tar."""
+
+    inputs_digest: str  # of the rows, their images and the configuration; another one means: write the shard again
+    rows_digest: str  # of the rows and their images alone: what a merge can check
+    info: ShardInfo
+    index: str  # INDEX_DTYPE array, base64; `shard` is set by the manifest
+    hashes: str  # HASH_DTYPE array, base64
+    counts: dict[
+        str, dict[str, int]
+    ]  # samples by diagnosis, level (of the diagnosis path), licence, source; captions by origin
+    rejected: list[RejectionRecord]
+    failures: list[RejectionRecord] = []  # captions that the model could not split; their rows are samples all the same
+    notes: dict[str, int] = {}  # what was dropped or not found on the way, by reason
+
+    def index_array(self) -> NDArray[np.void]:
+        return np.frombuffer(base64.b64decode(self.index), dtype=INDEX_DTYPE)
+
+    def hash_array(self) -> NDArray[np.void]:
+        return np.frombuffer(base64.b64decode(self.hashes), dtype=HASH_DTYPE)
+
+
+def write_shard(
+    path: Path,
+    samples: Iterable[tuple[Sample, bytes, np.void]],
+    *,
+    rejected: Sequence[Rejection] = (),
+    failures: Sequence[Rejection] = (),
+    notes: dict[str, int] | None = None,
+    inputs_digest: str,
+    rows_digest: str = "",
+) -> ShardRecord:
+    """Samples with their JPEG bytes and HASH_DTYPE-like record to one tar and its sidecar; the sidecar alone where
+    there is no sample. `rejected`, `failures` and `notes` may grow while the samples are taken.
+    """
+    rows: list[tuple[object, ...]] = []
+    hashes: list[tuple[object, object]] = []
+    counts: dict[str, Counter[str]] = {
+        name: Counter() for name in ("diagnosis", "level", "licence", "source", "origin")
+    }
+    # from here on neither the old sidecar nor the old manifest describes what stands in the folder
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.with_name("manifest.json").unlink(missing_ok=True)
+    with atomic(path) as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample, jpeg, image_hashes in samples:
+                rows.append(_add(tar, sample, jpeg))
+                hashes.append((image_hashes["pixels"], image_hashes["perceptual"]))
+                _count(counts, sample)
+        num_bytes = file.tell()
+    if not rows:
+        path.unlink()
+    info = ShardInfo(
+        name=path.name,
+        num_samples=len(rows),
+        num_bytes=num_bytes if rows else 0,
+        sha256=file_sha256(path) if rows else "",
+        licences=dict(counts["licence"]),
+    )
+    record = ShardRecord(
+        inputs_digest=inputs_digest,
+        rows_digest=rows_digest,
+        info=info,
+        index=_base64(np.array(rows, dtype=INDEX_DTYPE)),
+        hashes=_base64(np.array(hashes, dtype=HASH_DTYPE)),
+        counts={name: dict(count) for name, count in counts.items()},
+        rejected=[RejectionRecord(**asdict(rejection)) for rejection in rejected],
+        failures=[RejectionRecord(**asdict(failure)) for failure in failures],
+        notes=dict(+Counter(notes or {})),
+    )
+    write_atomically(path.with_suffix(".json"), record.model_dump_json().encode())
+    return record
+
+
+def _add(tar: tarfile.TarFile, sample: Sample, jpeg: bytes) -> tuple[object, ...]:
+    """The sample's three members; returns its row of the index."""
+    offsets = {}
+    parts = {"jpg": jpeg, "json": sample.model_dump_json().encode(), "txt": sample.caption.encode()}
+    for extension, content in parts.items():
+        member = tarfile.TarInfo(f"{sample.key}.{extension}")
+        member.size = len(content)  # time, owner and mode stay constant: equal inputs, equal tar
+        tar.addfile(member, io.BytesIO(content))
+        offsets[extension] = tar.offset - _padded(len(content))
+    num_empty = MAX_CAPTIONS - len(sample.captions)
+    text_hashes = [text_hash(caption.text) for caption in sample.captions] + [0] * num_empty
+    codes = [ASPECT_CODE[caption.aspect] for caption in sample.captions] + [NO_ASPECT_CODE] * num_empty
+    return 0, offsets["jpg"], len(parts["jpg"]), offsets["json"], len(parts["json"]), text_hashes, codes
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _count(counts: dict[str, Counter[str]], sample: Sample) -> None:
+    counts["diagnosis"][sample.diagnosis or "unknown"] += 1
+    counts["level"][str(len(sample.diagnosis_path))] += 1
+    counts["licence"][sample.licence or "unknown"] += 1
+    counts["source"][sample.source or "unknown"] += 1
+    counts["origin"].update(f"{caption.aspect} by {caption.origin or 'unknown'}" for caption in sample.captions)
+
+
+def _base64(array: NDArray[np.void]) -> str:
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def read_sidecar(shard_path: Path) -> ShardRecord | None:
+    """None where there is none, or one of an earlier version."""
+    try:
+        return ShardRecord.model_validate_json(shard_path.with_suffix(".json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def read_record(shard_path: Path, inputs_digest: str) -> ShardRecord | None:
+    """The sidecar of a shard that was made from the same inputs and is whole, else None.
+
+    Reads the shard's bytes, so that preparing again mends what `verify` complains of.
+    """
+    record = read_sidecar(shard_path)
+    if record is None or record.inputs_digest != inputs_digest:
+        return None
+    if record.info.num_samples == 0:
+        return record
+    return record if shard_path.is_file() and file_sha256(shard_path) == record.info.sha256 else None
