@@ -1,11 +1,14 @@
 """How many tokens a text has for the text tower that is to be trained, and whether it fits its context.
 
-The tokenizers are open_clip's and transformers', which import torch: seconds, and hundreds of megabytes a process. They
-are loaded when a text is long enough that it might not fit; most sub-captions are not.
+CLIP's own encoding is counted by the `tokenizers` library from open_clip's vocabulary file. Other tokenizers are
+open_clip's and transformers', which import torch: seconds, and hundreds of megabytes a process. All are loaded when a
+text is long enough that it might not fit; most sub-captions are not.
 """
 
 from __future__ import annotations
 
+import gzip
+import html
 import importlib.util
 from collections.abc import Callable
 from functools import cached_property
@@ -16,6 +19,8 @@ from data_prep.config import Tokenizer
 from data_prep.errors import InputError
 
 _HF, _PACKAGE = "hf:", "package:"
+_NUM_CLIP_MERGES = 49152 - 256 - 2
+_CLIP_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 #: Start token, end token, and the space that SentencePiece puts before a text, which can be a token of its own.
 _MAX_ADDED_TOKENS = 3
 
@@ -51,6 +56,8 @@ class TokenCounter:
 
     @cached_property
     def _count(self) -> Callable[[str], int]:
+        if self.name == "clip":
+            return _load_clip()
         if self.name.startswith(_HF):
             return _load_transformers(self.name.removeprefix(_HF))
         return _load_open_clip(self.name)
@@ -70,17 +77,44 @@ def _surely_fits(text: str, context_length: int) -> bool:
     return len(text) <= context_length - _MAX_ADDED_TOKENS and text.isascii() and "&" not in text
 
 
+def _load_clip() -> Callable[[str], int]:
+    """Byte-pair encoding as in `open_clip.tokenizer.SimpleTokenizer`, without torch. Ids do not matter here."""
+    import ftfy
+    from tokenizers import Regex, models, pre_tokenizers
+    from tokenizers import Tokenizer as RustTokenizer
+
+    with gzip.open(_package_dir("open_clip/bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : _NUM_CLIP_MERGES + 1]
+    merges = [(first, second) for first, second in (line.split() for line in lines)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words = [*alphabet, *(letter + "</w>" for letter in alphabet), *(first + second for first, second in merges)]
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    tokenizer = RustTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+    def count(text: str) -> int:
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        return len(tokenizer.encode(" ".join(text.split()).lower(), add_special_tokens=False)) + 2
+
+    return count
+
+
 def _load_open_clip(name: str) -> Callable[[str], int]:
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer, basic_clean, canonicalize_text
 
-    if name != "clip" and name not in open_clip.list_models():
+    if name not in open_clip.list_models():
         raise InputError(
             f'tokenizer.name: {name!r} is neither "clip" nor a model of open_clip (open_clip.list_models()) nor '
             "hf:NAME_OR_FOLDER"
         )
     try:
-        tokenizer: Any = SimpleTokenizer() if name == "clip" else open_clip.get_tokenizer(name)
+        tokenizer: Any = open_clip.get_tokenizer(name)
     except Exception as error:  # whatever the hub client, the file system or a missing dependency raises
         raise _cannot_load(name, error) from None
     if isinstance(tokenizer, SimpleTokenizer):

@@ -123,26 +123,28 @@ def _scan_chunk(directory: Path, options: ImageOptions, chunk: tuple[int, list[I
         return len(images)
     path.with_suffix(".json").unlink(missing_ok=True)
     facts, reasons = np.zeros(len(images), dtype=FACT_DTYPE), {}
+    facts["name"], facts["chunk"] = [text_hash(image.name) for image in images], number
+    found = facts[["offset", "num_bytes", "sha256", "pixels", "perceptual", "reencoded"]]  # a view
+    num_bytes, sha256 = 0, hashlib.sha256()
     with atomic(path.with_suffix(".jpegs")) as file:
-        for position, (image, fact) in enumerate(zip(images, facts, strict=True)):
-            fact["name"], fact["chunk"] = text_hash(image.name), number
+        for position, image in enumerate(images):
             try:
                 prepared = _prepare(image, options)
             except ImageRejected as problem:
-                fact["rejected"], reasons[position] = True, str(problem)
+                facts["rejected"][position], reasons[position] = True, str(problem)
                 continue
-            fact["offset"], fact["num_bytes"] = file.tell(), len(prepared.jpeg)
-            fact["sha256"] = np.frombuffer(bytes.fromhex(prepared.sha256), dtype=np.uint8)
-            fact["pixels"] = np.frombuffer(prepared.pixel_sha256, dtype=np.uint8)
-            fact["perceptual"], fact["reencoded"] = prepared.perceptual_hash, prepared.reencoded
+            hashes = (bytes.fromhex(prepared.sha256), prepared.pixel_sha256)
+            found[position] = (
+                *(num_bytes, len(prepared.jpeg), *(np.frombuffer(each, dtype=np.uint8) for each in hashes)),
+                *(prepared.perceptual_hash, prepared.reencoded),
+            )
             file.write(prepared.jpeg)
-        num_bytes = file.tell()
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256.update(prepared.jpeg)
+            num_bytes += len(prepared.jpeg)
     with atomic(path.with_suffix(".npy")) as file:
         np.save(file, facts, allow_pickle=False)
     record = ChunkRecord(
-        inputs_digest=digest, num_images=len(images), num_bytes=num_bytes, sha256=sha256, reasons=reasons
+        inputs_digest=digest, num_images=len(images), num_bytes=num_bytes, sha256=sha256.hexdigest(), reasons=reasons
     )
     write_atomically(path.with_suffix(".json"), record.model_dump_json().encode())
     return len(images)
@@ -215,20 +217,45 @@ def load(directory: Path, names: NDArray[np.uint64], images_per_chunk: int) -> t
     return (np.concatenate(parts) if parts else np.zeros(0, dtype=FACT_DTYPE)), reasons
 
 
+class JpegReader:
+    """Reads the JPEGs that go into shards. Neighbours are mostly in one chunk, which stays open."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._chunk, self._file = -1, -1
+
+    def read(self, fact: np.void) -> bytes:
+        """Raises InputError where the bytes are missing or not what they were."""
+        chunk = int(fact["chunk"])
+        path = self._directory / f"chunk-{chunk:06d}.jpegs"
+        if chunk != self._chunk:
+            self.close()
+            try:
+                self._file = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                raise InputError(f"{path}: missing; run the stage scan again") from None
+            self._chunk = chunk
+        jpeg = os.pread(self._file, int(fact["num_bytes"]), int(fact["offset"]))
+        if hashlib.sha256(jpeg).digest() != fact["sha256"].tobytes():
+            raise InputError(f"{path}: damaged; run `dermvlp repair` on the folder of the preparation")
+        return jpeg
+
+    def close(self) -> None:
+        if self._chunk >= 0:
+            os.close(self._file)
+        self._chunk = -1
+
+    def __enter__(self) -> JpegReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
 def read_jpeg(directory: Path, fact: np.void) -> bytes:
-    """The JPEG that goes into a shard. Raises InputError where its bytes are not what they were."""
-    path = directory / f"chunk-{int(fact['chunk']):06d}.jpegs"
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            jpeg = os.pread(descriptor, int(fact["num_bytes"]), int(fact["offset"]))
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; run the stage scan again") from None
-    if hashlib.sha256(jpeg).digest() != fact["sha256"].tobytes():
-        raise InputError(f"{path}: damaged; run `dermvlp repair` on the folder of the preparation")
-    return jpeg
+    """One image alone; see `JpegReader`."""
+    with JpegReader(directory) as reader:
+        return reader.read(fact)
 
 
 def remove_damaged(directory: Path) -> list[Path]:

@@ -86,11 +86,12 @@ def write_shard(
     path.with_suffix(".json").unlink(missing_ok=True)
     path.with_name("manifest.json").unlink(missing_ok=True)
     with atomic(path) as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample, jpeg, image_hashes in samples:
-                rows.append(_add(tar, sample, jpeg))
-                hashes.append((image_hashes["pixels"], image_hashes["perceptual"]))
-                _count(counts, sample)
+        for sample, jpeg, image_hashes in samples:
+            rows.append(_add(file, sample, jpeg))
+            hashes.append((image_hashes["pixels"], image_hashes["perceptual"]))
+            _count(counts, sample)
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
         num_bytes = file.tell()
     if not rows:
         path.unlink()
@@ -116,23 +117,36 @@ def write_shard(
     return record
 
 
-def _add(tar: tarfile.TarFile, sample: Sample, jpeg: bytes) -> tuple[object, ...]:
-    """The sample's three members; returns its row of the index."""
+def _add(file: io.BufferedRandom, sample: Sample, jpeg: bytes) -> tuple[object, ...]:
+    """The sample's three members of the tar; returns its row of the index."""
     offsets = {}
     parts = {"jpg": jpeg, "json": sample.model_dump_json().encode(), "txt": sample.caption.encode()}
     for extension, content in parts.items():
-        member = tarfile.TarInfo(f"{sample.key}.{extension}")
-        member.size = len(content)  # time, owner and mode stay constant: equal inputs, equal tar
-        tar.addfile(member, io.BytesIO(content))
-        offsets[extension] = tar.offset - _padded(len(content))
+        file.write(_header(f"{sample.key}.{extension}", len(content)))
+        offsets[extension] = file.tell()
+        file.write(content)
+        file.write(bytes(-len(content) % tarfile.BLOCKSIZE))
     num_empty = MAX_CAPTIONS - len(sample.captions)
     text_hashes = [text_hash(caption.text) for caption in sample.captions] + [0] * num_empty
     codes = [ASPECT_CODE[caption.aspect] for caption in sample.captions] + [NO_ASPECT_CODE] * num_empty
     return 0, offsets["jpg"], len(parts["jpg"]), offsets["json"], len(parts["json"]), text_hashes, codes
 
 
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+#: Time, owner and mode stay constant: equal inputs, equal tar. Name, size and checksum are filled in.
+_TEMPLATE = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)
+
+
+def _header(name: str, num_bytes: int) -> bytes:
+    """What `TarInfo.tobuf` gives, in a fifth of the time: there are three of them a sample."""
+    if len(name) > 99:  # USTAR would split it at a slash, and keys have none
+        raise ValueError(f"{len(name)} characters are too many for a tar member's name")
+    header = bytearray(_TEMPLATE)
+    header[_NAME] = name.encode("ascii").ljust(100, b"\0")
+    header[_SIZE] = b"%011o\0" % num_bytes
+    header[_CHECKSUM] = b" " * 8
+    header[_CHECKSUM] = b"%06o\0 " % sum(header)
+    return bytes(header)
 
 
 def _count(counts: dict[str, Counter[str]], sample: Sample) -> None:

@@ -99,15 +99,16 @@ def _build_shard(config_json: str, scan_dir: Path, ledger_path: Path, salt: str,
     notes: Counter[str] = Counter()
 
     def samples() -> Iterator[tuple[Sample, bytes, np.void]]:
-        for row, fact in zip(piece.rows, piece.facts, strict=True):
-            try:
-                sample, failure = make_sample(row, fact["sha256"].tobytes().hex(), tools, notes)
-            except RowRejectedError as problem:
-                rejected.append(Rejection(row.table, row.row, *problem.args))
-                continue
-            if failure is not None:
-                failures.append(Rejection(row.table, row.row, "caption", failure))
-            yield sample, scan.read_jpeg(scan_dir, fact), fact
+        with scan.JpegReader(scan_dir) as jpegs:
+            for row, fact in zip(piece.rows, piece.facts, strict=True):
+                try:
+                    sample, failure = make_sample(row, fact["sha256"].tobytes().hex(), tools, notes)
+                except RowRejectedError as problem:
+                    rejected.append(Rejection(row.table, row.row, *problem.args))
+                    continue
+                if failure is not None:
+                    failures.append(Rejection(row.table, row.row, "caption", failure))
+                yield sample, jpegs.read(fact), fact
 
     write_shard(
         path,

@@ -21,7 +21,7 @@ from data_prep.images.convert import prepare_drawn
 from data_prep.rejected import write_ledger
 from data_prep.schema import ASPECT_CODE, HASH_DTYPE, NO_ASPECT_CODE, Aspect, Caption, Sample, text_hash
 from data_prep.shards.manifest import damaged_shards, read_hashes, verify, write_manifest
-from data_prep.shards.shard import ShardRecord, read_record, write_shard
+from data_prep.shards.shard import ShardRecord, _header, read_record, write_shard
 from data_prep.sources.base import Rejection
 from pretrain.data.manifest import ShardedDataset
 
@@ -318,3 +318,12 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     (tmp_path / "shard-000000.tar").unlink()
     os.truncate(tmp_path / "shard-000002.tar", 512)
     assert damaged_shards(tmp_path) == [tmp_path / "shard-000000.tar", tmp_path / "shard-000002.tar"]
+
+
+@pytest.mark.parametrize(("name", "num_bytes"), [("set-1.jpg", 0), ("a" * 99, 8**11 - 1), ("b.json", 511)])
+def test_headers_are_those_of_tarfile(name: str, num_bytes: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = num_bytes
+    assert _header(name, num_bytes) == member.tobuf(tarfile.USTAR_FORMAT)
+    with pytest.raises(ValueError, match="too many"):
+        _header("c" * 100, 1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import os
 import pickle
 import random
 import string
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +106,29 @@ def test_unknown_names(name: str) -> None:
 def test_a_folder_without_a_tokenizer(tmp_path: object) -> None:
     with pytest.raises(InputError, match="cannot be loaded"):
         TokenCounter(Tokenizer(name=f"hf:{tmp_path}")).load()
+
+
+def test_clip_is_counted_without_torch_as_open_clip_counts() -> None:
+    """On Derm1M's captions where they are at hand, and on odd text."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    texts = [
+        "",
+        "don't I'll it's",
+        "naïve ﬁne &amp;amp; &lt;b&gt;",
+        "皮膚病 12345",
+        "ÀÉ İI ß",
+        "a\u00a0b\u200bc",
+        "!!!??.-_",
+        "🙂 x",
+    ]
+    rng = random.Random(1)
+    texts += ["".join(rng.choices(string.printable + "éßÆ皮🙂\u2019", k=rng.randint(1, 60))) for _ in range(500)]
+    if "DERMVLP_DATA" in os.environ:
+        folder = Path(os.environ["DERMVLP_DATA"]) / "derm1m-sample"
+        for path in sorted(folder.glob("*.csv")):
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                texts += [row["caption"] for row in csv.DictReader(file)]
+    reference = SimpleTokenizer()
+    count = TokenCounter(Tokenizer()).count
+    assert [count(text) for text in texts] == [len(reference.encode(text)) + 2 for text in texts]
