@@ -1,9 +1,9 @@
-# make env | demo | test | lint | clean; see README.md
+# make env | demo | test | test-slow | test-llm | test-slurm | lint | clean; see README.md
 PYTHON ?= python3
 SOURCE ?= configs/data/synthetic.yaml
 BIN := .venv/bin
 
-.PHONY: env demo test test-slow lint clean
+.PHONY: env demo test test-slow test-llm test-slurm lint clean
 
 env: .venv/.installed
 
@@ -24,11 +24,15 @@ lint: env
 	$(BIN)/lint-imports
 
 test: env lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not llm and not slurm" -n 2 --dist loadfile
+
+# Fifty real captions by a real small model (needs the network once, and DERMVLP_DATA); prints what was dropped and why.
+test-llm: env
+	$(BIN)/python -m pytest -m llm -s tests/llm
 
 # What needs minutes: the demo recipes to their promised accuracy (real images need DERMVLP_DATA).
 test-slow: env
 	$(BIN)/python -m pytest -m slow
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv .cache data runs

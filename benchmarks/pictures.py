@@ -43,7 +43,7 @@ def _small_picture(number: int) -> Image.Image:
         return _texture(number)
     picture = Image.open(paths[number % len(paths)]).convert("RGB")
     if number < len(paths):
-        return picture
+        return picture.resize((_SMALL_PX, _SMALL_PX), Image.Resampling.LANCZOS)  # a few are smaller
     random = np.random.default_rng(number)
     short = min(picture.size)
     side = int(random.integers(short // 2, short * 9 // 10))
