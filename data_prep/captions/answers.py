@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.resources import files
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from data_prep.captions.decompose import TOO_LONG, Decomposition, Dropped, fits_in_bytes
 from data_prep.captions.grounding import num_words, why_ungrounded
@@ -90,7 +91,7 @@ def parse_answer(
         problem = error.errors(include_url=False, include_input=False)[0]
         if problem["type"] == "json_invalid":
             return Unusable("malformed JSON")
-        return Unusable(f"schema violation at {'.'.join(map(str, problem['loc'])) or 'top level'}: {problem['msg']}")
+        return Unusable(schema_violation(problem, {"subcaptions", "aspect", "text"}))
     kept: list[Caption] = []
     dropped: list[Dropped] = []
     for item in answer.subcaptions:
@@ -105,6 +106,12 @@ def parse_answer(
     if not kept:
         return Unusable("all sub-captions dropped" if dropped else "no sub-captions", tuple(dropped))
     return Decomposition(tuple(kept), tuple(dropped), made_by="llm")
+
+
+def schema_violation(problem: ErrorDetails, fields: Collection[str]) -> str:
+    """Where and how an answer leaves its schema. A key of the model's own is not named: it may hold anything."""
+    place = [str(part) if isinstance(part, int) or part in fields else "(another key)" for part in problem["loc"]]
+    return f"schema violation at {'.'.join(place) or 'top level'}: {problem['msg']}"
 
 
 def _why_dropped(aspect: Aspect, text: str, caption: str, kept: list[Caption]) -> str | None:

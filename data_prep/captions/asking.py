@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,32 +23,31 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import openai
 
 from data_prep.captions.completions import CUT_OFF, Judged, NotACompletionError, judge
+from data_prep.captions.endpoint import OPENAI_URL, failure_of, hide_key, read_api_key
 from data_prep.captions.ledger import Answer, Ledger, Status
 from data_prep.captions.limits import (
     Budget,
     Paces,
+    PromptTokens,
+    checked_max_usd,
     cost_usd,
+    format_usd,
     num_text_bytes,
-    num_tokens_at_most,
-    num_tokens_estimated,
-    schema_num_bytes,
 )
-from data_prep.captions.tasks import Messages, Task, request_body, request_key
-from data_prep.config import LLMOptions
+from data_prep.captions.tasks import Task, request_body, request_key
 from data_prep.errors import InputError
 from data_prep.progress import Progress
 
 Item = TypeVar("Item")
 
 _LOG = logging.getLogger(__name__)
-OPENAI_URL = "https://api.openai.com/v1"
 #: This many calls in a row without any answer, times the concurrency: the server is down, not the question difficult.
 _STOP_AFTER = 4
+_REFUSED = (401, 403, 404)  # key or model
 _OUT_OF_MONEY = "not asked again: max_usd is used up"
 
 
@@ -72,16 +70,12 @@ class AskSummary:
     usd: float | None = None  # of this run; None: the configuration has no price of the model
     elapsed_s: float = 0.0
 
-    @property
-    def num_asked(self) -> int:
-        return self.num_answered + self.num_failed + self.num_unanswered
-
     def __str__(self) -> str:
         parts = [f"{self.num_answered} answered, {self.num_failed} failed, {self.num_unanswered} unanswered"]
         parts.append(f"{self.num_already} known before")
         parts.append(f"{self.num_tokens_in} + {self.num_tokens_out} tokens")
         if self.usd is not None:
-            parts.append(f"{self.usd:.4f} dollars")
+            parts.append(f"{format_usd(self.usd)} dollars")
         if self.stopped_by is not None:
             parts.append(f"stopped by {self.stopped_by} with {self.num_left} left to ask")
         return ", ".join(parts)
@@ -101,66 +95,48 @@ def ask(
     `items` is streamed: only those in flight and eight bytes of each question's hash are held. `limit`: at most so many
     questions are asked. `max_usd` (default: the options') bounds what this run pays, by the tokens that the server
     reports and the price table; calls in flight count with the most they can cost, calls without an answer with
-    nothing. Raises InputError as the module says, and where `max_usd` is given without a price of the model; neither
-    the key nor an item enters its message.
+    nothing. Raises InputError as the module and `limits.checked_max_usd` say; neither the key nor an item nor anything
+    that the server wrote enters its message.
     """
-    max_usd = task.options.max_usd if max_usd is None else max_usd
-    price = task.options.prices.get(task.options.model)
-    if max_usd is not None and price is None:
-        raise InputError(f"max_usd: needs a price of model {task.options.model!r}; add it to prices, or leave it out")
-    run = _Run(task, ledger, retry_failed, limit, max_usd)
+    run = _Run(task, ledger, retry_failed, limit, checked_max_usd(task.options, limit, max_usd))
     start_s = time.perf_counter()
     todo = run.questions(items)
     first = next((question for question in todo if question is not None), None)
     if first is not None:
-        run.key = read_api_key(task.options)
+        key = read_api_key(task.options)
         with ledger.exclusive(), Progress(f"asking for {task.name}", "questions") as progress:
             # another run may have asked the first while this one had no lock
             todo = chain((first,) if run.must_ask(first.key) else (), todo)
             try:
-                asyncio.run(run.ask_all(todo, progress))
+                asyncio.run(run.ask_all(todo, key, progress))
             except InputError as error:
                 message = f"{error}; {run.summary}; answers so far are in {ledger.path}"
-                raise InputError(_scrub(message, run.key)) from None
+                raise InputError(hide_key(message, task.options)) from None
     run.summary.elapsed_s = time.perf_counter() - start_s
     _LOG.info("%s by %s: %s", task.name, task.options.model, run.summary)
     if run.summary.num_unanswered:
         _LOG.warning(
-            "%d questions got no answer (the last: %s): served by on_failure now, asked again in the next run",
+            "%d questions got no answer (the last: %s): served by on_failure now, asked again in the next run; what "
+            "the server says is in %s",
             run.summary.num_unanswered,
             run.last_failure,
+            ledger.path.name,
         )
     return run.summary
-
-
-def read_api_key(options: LLMOptions) -> str:
-    """From the environment variable that the configuration names. A server of one's own may need none."""
-    key = os.environ.get(options.api_key_env, "").strip()
-    if key:
-        return key
-    if options.base_url is None:
-        raise InputError(
-            f"api_key_env: the environment variable {options.api_key_env} is not set; export it, or give base_url"
-        )
-    return "not-needed"
-
-
-def _scrub(text: str, key: str) -> str:
-    """Servers repeat the key they refuse, sometimes."""
-    return text.replace(key, "***") if key != "not-needed" else text
-
-
-def _shown(url: str) -> str:
-    """Without a user name and password."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 # ---------------------------------------------------------------------------------------------- one run
 
 
 class _NoAnswerError(Exception):
-    """No answer came for this question; others may be answered."""
+    """No answer came for this question, for a reason in fixed phrases.
+
+    `server_said` is for the ledger alone. `stop`: why no other question will be answered either.
+    """
+
+    def __init__(self, reason: str, server_said: str | None = None, stop: str | None = None) -> None:
+        super().__init__(reason)
+        self.server_said, self.stop = server_said, stop
 
 
 @dataclass(frozen=True)
@@ -187,12 +163,11 @@ class _Run(Generic[Item]):
         self._price = self._options.prices.get(self._options.model)
         self._paces = Paces(self._options)
         self._budget = Budget(max_usd)
-        self._schema_bytes = schema_num_bytes(task.schema)
-        self._most_tokens_in = 0  # of a question so far: servers count images each in their own way
+        self._sizes = PromptTokens(task, ledger)
         self._url = self._options.base_url or OPENAI_URL
         self._num_begun = 0
         self._num_unanswered_in_a_row = 0
-        self.key = ""
+        self._stop: str | None = None
         self.last_failure = ""
         self.summary = AskSummary(task.name, usd=None if self._price is None else 0.0)
 
@@ -228,10 +203,10 @@ class _Run(Generic[Item]):
             num_since_given = 0
             yield _Question(key, item)
 
-    async def ask_all(self, todo: Iterator[_Question[Item] | None], progress: Progress) -> None:
+    async def ask_all(self, todo: Iterator[_Question[Item] | None], key: str, progress: Progress) -> None:
         # base_url is given always, so that OPENAI_BASE_URL in the environment cannot send questions elsewhere
         async with openai.AsyncOpenAI(
-            api_key=self.key,
+            api_key=key,
             base_url=self._url,
             timeout=self._options.timeout_s,
             max_retries=self._options.max_retries,
@@ -276,11 +251,13 @@ class _Run(Generic[Item]):
         else:
             self.summary.num_unanswered += 1
         self.last_failure = answer.failure or self.last_failure
+        if self._stop is not None:
+            raise InputError(self._stop)
         self._num_unanswered_in_a_row = self._num_unanswered_in_a_row + 1 if answer.status == "unanswered" else 0
         if self._num_unanswered_in_a_row >= _STOP_AFTER * self._options.concurrency:
             raise InputError(
-                f"{_shown(self._url)}: {self._num_unanswered_in_a_row} calls in a row without an answer, the last for: "
-                f"{answer.failure}; see to the server and run again"
+                f"{self._url}: {self._num_unanswered_in_a_row} calls in a row without an answer, the last for: "
+                f"{answer.failure}; see to the server and run again; what it says is in the ledger"
             )
 
     async def _attempts(self, client: openai.AsyncOpenAI, question: _Question[Item]) -> Answer | None:
@@ -289,14 +266,15 @@ class _Run(Generic[Item]):
         limit_name = "max_tokens" if "max_tokens" in body else "max_completion_tokens"
         judged: list[Judged] = []
         latency_s: float | None = None
-        unanswered: str | None = None
+        unanswered: _NoAnswerError | None = None
         num_attempts = 0
         for _ in range(self._options.max_attempts):
-            bound_usd = self._bound_usd(body["messages"], body[limit_name])
+            num_in = self._sizes.at_most(body["messages"])
+            bound_usd = 0.0 if self._price is None else cost_usd(self._price, num_in, body[limit_name])
             if not await self._budget.reserve(bound_usd):
                 if not judged:
                     return None
-                self.summary.stopped_by, unanswered = "max_usd", _OUT_OF_MONEY
+                self.summary.stopped_by, unanswered = "max_usd", _NoAnswerError(_OUT_OF_MONEY)
                 break
             num_attempts += 1
             paid_usd = 0.0
@@ -305,8 +283,11 @@ class _Run(Generic[Item]):
                 latency_s = time.perf_counter() - start_s
                 judged.append(judge(self._task, question.item, completion))
                 paid_usd = self._count(judged[-1], bound_usd)
-            except (_NoAnswerError, NotACompletionError) as error:
-                unanswered = str(error)
+            except NotACompletionError as error:
+                unanswered = _NoAnswerError(str(error))
+                break
+            except _NoAnswerError as error:
+                unanswered, self._stop = error, error.stop or self._stop
                 break
             finally:
                 self._budget.settle(bound_usd, paid_usd)
@@ -321,37 +302,37 @@ class _Run(Generic[Item]):
         return self._answer(judged, unanswered, num_attempts, num_text_bytes(body["messages"]), latency_s)
 
     def _answer(
-        self, judged: list[Judged], unanswered: str | None, num_attempts: int, num_bytes: int, latency_s: float | None
+        self,
+        judged: list[Judged],
+        unanswered: _NoAnswerError | None,
+        num_attempts: int,
+        num_bytes: int,
+        latency_s: float | None,
     ) -> Answer:
-        last = judged[-1] if judged else Judged(None, None, None)
-        failure = last.failure if unanswered is None else unanswered
-        status: Status = "unanswered" if unanswered is not None else "failed" if failure is not None else "answered"
+        earlier = judged if unanswered is not None else judged[:-1]
+        last = Judged(unanswered.server_said, None, str(unanswered)) if unanswered is not None else judged[-1]
+        status: Status = "answered" if last.failure is None else "failed" if unanswered is None else "unanswered"
         return Answer(
             status,
-            raw=self._scrubbed(last.raw),
+            raw=self._without_key(last.raw),
             finish_reason=last.finish_reason,
             num_tokens_in=sum(one.num_tokens_in or 0 for one in judged),
             num_tokens_out=sum(one.num_tokens_out or 0 for one in judged),
             num_attempts=num_attempts,
-            failure=self._scrubbed(failure),
-            raw_failures=tuple((one.failure or "", self._scrubbed(one.raw)) for one in judged[:-1]),
+            failure=last.failure,
+            raw_failures=tuple((one.failure or "", self._without_key(one.raw)) for one in earlier),
             num_bytes_in=num_bytes,
             latency_s=latency_s,
         )
 
-    def _scrubbed(self, text: str | None) -> str | None:
-        return None if text is None else _scrub(text, self.key)
-
-    def _bound_usd(self, messages: Messages, max_output_tokens: int) -> float:
-        if self._price is None:
-            return 0.0
-        num_in = max(num_tokens_at_most(messages, self._schema_bytes), self._most_tokens_in)
-        return cost_usd(self._price, num_in, max_output_tokens)
+    def _without_key(self, text: str | None) -> str | None:
+        return None if text is None else hide_key(text, self._options)
 
     def _count(self, judged: Judged, bound_usd: float) -> float:
         """Dollars paid for a reply; without a word from the server, the most it can have been."""
         num_in, num_out = judged.num_tokens_in, judged.num_tokens_out
-        self._most_tokens_in = max(self._most_tokens_in, num_in or 0)
+        if num_in is not None:
+            self._sizes.observe(num_in)
         self.summary.num_tokens_in += num_in or 0
         self.summary.num_tokens_out += num_out or 0
         if self._price is None:
@@ -365,28 +346,29 @@ class _Run(Generic[Item]):
     ) -> tuple[float, object]:
         """When the call began, by `time.perf_counter`, and the reply, decoded from JSON."""
         if self._paces:
-            num_tokens = num_tokens_estimated(body["messages"]) + max_output_tokens
+            num_tokens = self._sizes.estimated(body["messages"]) + max_output_tokens
             _NUM_TOKENS.set(num_tokens)
             await self._paces.acquire(num_tokens)
         start_s = time.perf_counter()
         try:
             # the body as a batch file would hold it; its types are the server's business
             return start_s, await client.post("/chat/completions", cast_to=object, body=body)
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise InputError(
-                f"{_shown(self._url)}: HTTP {error.status_code} for model {self._options.model!r}: {error.message}; "
-                f"check model, base_url and the key in {self._options.api_key_env}"
-            ) from None
         except openai.APIStatusError as error:
-            raise _NoAnswerError(f"HTTP {error.status_code}: {error.message}"[:300]) from None
+            failure, stop = failure_of(error.status_code, error.code), None
+            if error.status_code in _REFUSED:
+                stop = (
+                    f"{self._url}: {failure} for model {self._options.model!r}; check model, base_url and the key in "
+                    f"{self._options.api_key_env}; what the server says is in the ledger"
+                )
+            raise _NoAnswerError(failure, error.message, stop) from None
         except openai.APITimeoutError:
             raise _NoAnswerError(f"no answer within {self._options.timeout_s:g} s") from None
         except openai.APIConnectionError as error:
             if _nobody_there(error):
-                raise InputError(f"{_shown(self._url)}: cannot connect; start the server or correct base_url") from None
+                raise InputError(f"{self._url}: cannot connect; start the server or correct base_url") from None
             raise _NoAnswerError("connection lost") from None
         except (openai.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise _NoAnswerError(f"not an answer of this protocol: {error}"[:300]) from None
+            raise _NoAnswerError("not an answer of this protocol", str(error)) from None
 
 
 def _nobody_there(error: BaseException) -> bool:

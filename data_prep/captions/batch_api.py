@@ -28,15 +28,16 @@ from openai.types import Batch
 from data_prep.captions.batch_results import (
     CollectSummary,
     collect_files,
+    find_lines,
     give_up_missing,
-    hide_key,
-    result_lines,
     take_answers,
 )
 from data_prep.captions.batch_server import BatchServer, OutageError, QueueFullError, is_full_queue
 from data_prep.captions.batch_state import BatchFile, BatchState, FileState
 from data_prep.captions.batch_write import BatchLimits, WriteSummary, write, write_batches
+from data_prep.captions.endpoint import failure_of, hide_key
 from data_prep.captions.ledger import Ledger
+from data_prep.captions.limits import checked_max_usd
 from data_prep.captions.tasks import Task
 from data_prep.errors import InputError
 
@@ -82,7 +83,7 @@ class PollSummary:
     statuses: Counter[str] = field(default_factory=Counter)  # the server's, of all batches of the folder
     num_done: int = 0  # requests in batches that have not ended
     num_requests: int = 0
-    refused: list[str] = field(default_factory=list)  # name of the file, and what the server says of it
+    refused: list[str] = field(default_factory=list)  # name of the file, and why
 
     def __str__(self) -> str:
         parts = [f"{number} {status}" for status, number in sorted(self.statuses.items())] or ["no batches"]
@@ -110,13 +111,13 @@ def submit(task: Task[Any], folder: Path) -> SubmitSummary:
     Files that the server found fault with before are tried again. Raises InputError as the module says.
     """
     with BatchState(folder, task) as state:
-        return _submit(state, BatchServer(task.options), "written", "refused")
+        return _submit(state, BatchServer(task.options, state.keep_server_said), "written", "refused")
 
 
 def poll(task: Task[Any], folder: Path, *, wait: bool = True, interval_s: float = 30.0) -> PollSummary:
     """Ask how the batches are, once, or every `interval_s` until all have ended. No results are fetched."""
     with BatchState(folder, task) as state:
-        server = BatchServer(task.options)
+        server = BatchServer(task.options, state.keep_server_said)
         if not wait:
             return _poll(state, server)
         while True:
@@ -133,7 +134,7 @@ def collect(task: Task[Item], items: Iterable[Item], ledger: Ledger, folder: Pat
     `items` is streamed, and must hold those that the requests were written from. Raises InputError as the module says.
     """
     with BatchState(folder, task) as state:
-        return _collect(state, BatchServer(task.options), task, items, ledger)
+        return _collect(state, BatchServer(task.options, state.keep_server_said), task, items, ledger)
 
 
 def run_batches(
@@ -153,6 +154,7 @@ def run_batches(
     `items` gives the same items whenever it is called. Arguments as of `write_batches`. Stops after a round that
     brought no answer at all, and after a batch was cancelled. Raises InputError as the module says; the state is kept.
     """
+    checked_max_usd(task.options, limit, max_usd)
     run = RunSummary()
     with BatchState(folder, task, create=True) as state:
         server: BatchServer | None = None
@@ -167,7 +169,7 @@ def run_batches(
                 if not written.num_written:
                     run.stopped_by = _why_stopped(written)
                     return run
-            server = server or BatchServer(task.options)
+            server = server or BatchServer(task.options, state.keep_server_said)
             run.num_rounds += 1
             num_before = run.collected.num_answered + run.collected.num_failed
             cancelled = _finish_round(state, server, task, items, ledger, run.collected, interval_s)
@@ -279,7 +281,9 @@ def _poll(state: BatchState, server: BatchServer) -> PollSummary:
         if file.server_status is not None:
             summary.statuses[file.server_status] += 1
         if file.state == "refused":
-            summary.refused.append(f"{file.name} was refused: {file.failure}")
+            summary.refused.append(
+                f"{file.name} was refused: {file.failure} (what the server says: batches.sqlite, files.server_said)"
+            )
     return summary
 
 
@@ -313,13 +317,16 @@ def _record(state: BatchState, file: BatchFile, batch: Batch, server: BatchServe
             state.forget_refusals()
         elif new_state == "refused":
             errors = (batch.errors.data if batch.errors is not None else None) or []
-            texts = [
-                ("" if error.line is None else f"line {error.line}: ") + f"{error.code}: {error.message}"
-                for error in errors
+            failures = [
+                (f"line {error.line}: " if isinstance(error.line, int) else "") + failure_of(None, error.code)
+                for error in errors[:3]
             ]
-            failure = hide_key("; ".join(texts[:3])[:300] or "the server gives no reason", server.options)
-            state.update(file.number, batch_id=None, failure=failure)
-            if is_full_queue(None, failure):
+            said = "; ".join(f"{error.code}: {error.message}" for error in errors)
+            failure = "; ".join(failures) or "the server gives no reason"
+            state.update(
+                file.number, batch_id=None, failure=failure, server_said=hide_key(said, server.options) or None
+            )
+            if is_full_queue(None, said):
                 state.update(file.number, state="written", num_refusals=file.num_refusals + 1)
 
 
@@ -333,12 +340,7 @@ def _collect(
     paths: list[Path] = []
     for file in ended:
         paths += _fetch(state, server, file)
-    with state.transaction():
-        state.clear_found()
-        for index, path in enumerate(paths):
-            for key, offset, failure in result_lines(path, summary):
-                if not state.add_found(key, index, offset, failure):
-                    summary.num_repeated += 1
+    find_lines(state, task, paths, summary)
     for file in ended:
         reason = _WHY_MISSING.get(file.server_status or "", "the batch's results have no line of this request")
         give_up_missing(state, task, ledger, file, reason, summary)

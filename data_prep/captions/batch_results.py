@@ -7,7 +7,6 @@ be those that the requests were written from.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from data_prep.captions.batch_state import BatchFile, BatchState
 from data_prep.captions.completions import Judged, NotACompletionError, judge
+from data_prep.captions.endpoint import failure_of, hide_key
 from data_prep.captions.ledger import Answer, Ledger
 from data_prep.captions.tasks import Task, request_key
 from data_prep.config import LLMOptions
@@ -23,7 +23,6 @@ from data_prep.errors import InputError
 
 Item = TypeVar("Item")
 
-_MAX_REASON_CHARACTERS = 300
 _MAX_OPEN_FILES = 64
 
 
@@ -32,7 +31,8 @@ class CollectSummary:
     num_answered: int = 0
     num_failed: int = 0  # answers that cannot be used
     num_unanswered: int = 0  # errors, expired, no line at all
-    num_unknown: int = 0  # lines with a custom_id that was not asked, or whose answer is known
+    num_known: int = 0  # lines of requests that were collected before
+    num_unknown: int = 0  # lines with a custom_id that was not asked
     num_repeated: int = 0  # further lines of the same custom_id
     num_malformed: int = 0  # lines that are not of the format
     num_without_item: int = 0  # answers to requests whose item was not given: they stay pending
@@ -43,6 +43,7 @@ class CollectSummary:
         parts += [
             f"{number} {what}"
             for number, what in (
+                (self.num_known, "lines already collected"),
                 (self.num_unknown, "lines of requests that were not asked"),
                 (self.num_repeated, "lines repeated"),
                 (self.num_malformed, "malformed lines"),
@@ -54,12 +55,6 @@ class CollectSummary:
         return "; ".join(parts)
 
 
-def hide_key(text: str, options: LLMOptions) -> str:
-    """Servers repeat the key they refuse, sometimes."""
-    key = os.environ.get(options.api_key_env, "").strip()
-    return text.replace(key, "***") if key else text
-
-
 def collect_files(
     task: Task[Item], items: Iterable[Item], ledger: Ledger, folder: Path, result_paths: Sequence[Path]
 ) -> CollectSummary:
@@ -67,16 +62,11 @@ def collect_files(
 
     Of each file of requests that was not submitted and of which some request is in the results, the missing ones count
     as unanswered: `write_batches` writes them anew. Results may be given again, whole or longer: what is known is
-    passed over. Raises InputError for a file that cannot be read.
+    passed over. Raises InputError for a file that cannot be read, or holds no line of results.
     """
     with BatchState(folder, task) as state:
         summary = CollectSummary()
-        with state.transaction():
-            state.clear_found()
-            for index, path in enumerate(result_paths):
-                for key, offset, failure in result_lines(path, summary):
-                    if not state.add_found(key, index, offset, failure):
-                        summary.num_repeated += 1
+        find_lines(state, task, result_paths, summary, may_be_empty=False)
         numbers = state.numbers_found()
         for file in state.files("written", "refused"):
             if file.number in numbers:
@@ -85,8 +75,26 @@ def collect_files(
         return summary
 
 
-def result_lines(path: Path, summary: CollectSummary) -> Iterator[tuple[str, int, str | None]]:
-    """(custom_id, offset in bytes, None or why there is no answer) of each line; malformed lines are counted.
+def find_lines(
+    state: BatchState, task: Task[Any], paths: Sequence[Path], summary: CollectSummary, *, may_be_empty: bool = True
+) -> None:
+    """Note in the state where in `paths` the line of each request is. Raises InputError as `collect_files` says."""
+    with state.transaction():
+        state.clear_found()
+        for index, path in enumerate(paths):
+            num_lines = 0
+            for key, offset, failure, server_said in _result_lines(path, summary):
+                num_lines += 1
+                said = None if server_said is None else hide_key(server_said, task.options)
+                if not state.add_found(key, index, offset, failure, said):
+                    summary.num_repeated += 1
+            if not num_lines and not may_be_empty:
+                raise InputError(f"{path}: no line of it is a result (custom_id and response); give the output file")
+
+
+def _result_lines(path: Path, summary: CollectSummary) -> Iterator[tuple[str, int, str | None, str | None]]:
+    """(custom_id, offset in bytes, None or why there is no answer, the server's words) of each line; malformed lines
+    are counted.
 
     OpenAI's format and vLLM's differ in where they put an error: beside a `response` of null, or beside a status.
     """
@@ -99,30 +107,30 @@ def result_lines(path: Path, summary: CollectSummary) -> Iterator[tuple[str, int
                     continue
                 try:
                     result = json.loads(line)
-                    yield str(result["custom_id"]), begin, _why_no_answer(result)
+                    yield str(result["custom_id"]), begin, *_why_no_answer(result)
                 except (ValueError, KeyError, TypeError):
                     summary.num_malformed += 1
     except OSError as error:
         raise InputError(f"{path}: cannot be read as file of results: {error.strerror}") from None
 
 
-def _why_no_answer(result: dict[str, Any]) -> str | None:
-    response = result.get("response")
+def _why_no_answer(result: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The failure in fixed phrases and the server's own words; (None, None) where there is an answer."""
+    response = result["response"] if "error" not in result else result.get("response")
     response = response if isinstance(response, dict) else {}
     body = response.get("body")
     if response.get("status_code") == 200 and isinstance(body, dict) and not result.get("error"):
-        return None
+        return None, None
     # OpenAI: {"error": {"code", "message"}} at the top, or so in the body of a response with another status;
     # vLLM: a string, or its ErrorResponse, at the top
     error = result.get("error") or body
     if isinstance(error, dict) and isinstance(error.get("error"), dict):
         error = error["error"]
-    message = str((error.get("message") or error.get("code") or "no message") if isinstance(error, dict) else error)
-    code = error.get("code") if isinstance(error, dict) else None
+    message, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (error, None)
     if code == "batch_expired":
-        return "the batch expired before this request was done"
+        return "the batch expired before this request was done", None
     status = response.get("status_code")
-    return (f"HTTP {status}: {message}" if status not in (None, 200) else message)[:_MAX_REASON_CHARACTERS]
+    return failure_of(None if status == 200 else status, code), None if message is None else str(message)
 
 
 def give_up_missing(
@@ -130,14 +138,14 @@ def give_up_missing(
 ) -> None:
     """Put into the ledger, as unanswered, the requests of a file whose results hold an error for them, or nothing."""
     with state.transaction():
-        for key, failure in state.without_answer(file.number):
+        for key, failure, server_said in state.without_answer(file.number):
             known = ledger.get(key)
             if known is None or known.status == "unanswered":  # an unusable answer says more than none
-                ledger.put(key, task, Answer("unanswered", failure=hide_key(failure or reason, task.options)))
+                ledger.put(key, task, Answer("unanswered", raw=server_said, failure=failure or reason))
             state.drop_pending(key)
             state.drop_found(key)
             summary.num_unanswered += 1
-            summary.reasons[hide_key(failure or reason, task.options)] += 1
+            summary.reasons[failure or reason] += 1
 
 
 class _Lines:
@@ -192,9 +200,10 @@ def take_answers(
             _take(state, task, item, key, body, ledger, summary)
             state.drop_found(key)
             num_left -= 1
-        num_without_item, num_unknown = state.num_left_over()
-        summary.num_without_item += num_without_item
-        summary.num_unknown += num_unknown
+        for key, pending in state.left_over():
+            summary.num_without_item += pending
+            summary.num_known += not pending and ledger.status(key) is not None
+            summary.num_unknown += not pending and ledger.status(key) is None
         state.clear_found()
         closed = [file for file in state.files("written", "refused", "ended") if not state.num_pending(file.number)]
         for file in closed:
@@ -209,21 +218,23 @@ def _take(
 ) -> None:
     pending, known = state.pending(key), ledger.get(key)
     if pending is None and known is not None and known.status != "unanswered":
-        summary.num_unknown += 1  # a file given again
+        summary.num_known += 1  # a file given again
         return
     num_before = pending.num_attempts if pending is not None else 0
     num_bytes_in = pending.num_bytes_in if pending is not None else 0
+    # not replaced: an answer that came another way meanwhile, or in this collection before it was killed
+    again = known if known is not None and known.status == "failed" and known.num_attempts == num_before else None
     try:
-        answer = _answer(judge(task, item, body), known, num_before, num_bytes_in, task.options)
+        judged = judge(task, item, body)
+        answer = _answer(judged, again, num_bytes_in, task.options)
+        if pending is not None:
+            state.add_tokens(pending.file, judged.num_tokens_in or 0, judged.num_tokens_out or 0)
     except NotACompletionError as error:
         answer = Answer("unanswered", failure=str(error))
     if pending is not None:
-        state.add_tokens(pending.file, answer.num_tokens_in, answer.num_tokens_out)
         state.drop_pending(key)
-    # not replaced: an answer that came another way meanwhile, or in this collection before it was killed
-    retried = known is not None and known.status == "failed" and known.num_attempts == num_before
-    if known is None or known.status == "unanswered" or (retried and answer.status != "unanswered"):
-        ledger.put(key, task, answer)
+    if known is None or known.status == "unanswered" or (again is not None and answer.status != "unanswered"):
+        ledger.put(key, task, answer, continues=again)
     if answer.status == "answered":
         summary.num_answered += 1
         return
@@ -234,19 +245,17 @@ def _take(
     summary.reasons[answer.failure or ""] += 1
 
 
-def _answer(judged: Judged, known: Answer | None, num_before: int, num_bytes_in: int, options: LLMOptions) -> Answer:
-    earlier: tuple[tuple[str, str | None], ...] = ()
-    if known is not None and known.status == "failed":
-        earlier = (*known.raw_failures, (known.failure or "", known.raw))
+def _answer(judged: Judged, again: Answer | None, num_bytes_in: int, options: LLMOptions) -> Answer:
+    """Of all attempts; `again`: what the ledger holds of those before."""
+    before = again or Answer("unanswered", num_attempts=0)
     return Answer(
         "answered" if judged.failure is None else "failed",
         raw=None if judged.raw is None else hide_key(judged.raw, options),
         finish_reason=judged.finish_reason,
-        # of this attempt alone: the ledger adds what it replaces to what was paid
-        num_tokens_in=judged.num_tokens_in or 0,
-        num_tokens_out=judged.num_tokens_out or 0,
-        num_attempts=num_before + 1,
-        failure=None if judged.failure is None else hide_key(judged.failure, options),
-        raw_failures=earlier,
-        num_bytes_in=num_bytes_in if num_before == 0 else 0,  # not measured: tokens and attempts do not belong together
+        num_tokens_in=before.num_tokens_in + (judged.num_tokens_in or 0),
+        num_tokens_out=before.num_tokens_out + (judged.num_tokens_out or 0),
+        num_attempts=before.num_attempts + 1,
+        failure=judged.failure,
+        raw_failures=() if again is None else (*again.raw_failures, (again.failure or "", again.raw)),
+        num_bytes_in=num_bytes_in,
     )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import httpx2
 import openai
 from openai.types import Batch, FileObject
 
-from data_prep.captions.asking import OPENAI_URL, read_api_key
-from data_prep.captions.batch_results import hide_key
 from data_prep.captions.batch_state import BatchFile, BatchState
+from data_prep.captions.endpoint import OPENAI_URL, failure_of, hide_key, read_api_key
 from data_prep.config import LLMOptions
 from data_prep.errors import InputError
+from data_prep.files import atomic
 
 _TRANSFER_TIMEOUT_S = 600.0  # of a read or write of files, up to 200 MB
 _CLOCK_SKEW_S = 86_400  # between us and the server, at most, when its batches are searched
@@ -34,10 +33,11 @@ class QueueFullError(Exception):
 
 
 class BatchServer:
-    """The calls that are made, with their exceptions made InputErrors that never hold the key."""
+    """The calls that are made, with their exceptions made InputErrors that hold neither the key nor anything that the
+    server wrote: that goes to `keep_server_said`."""
 
-    def __init__(self, options: LLMOptions) -> None:
-        self.options = options
+    def __init__(self, options: LLMOptions, keep_server_said: Callable[[str], None]) -> None:
+        self.options, self._keep = options, keep_server_said
         self.url = options.base_url or OPENAI_URL
         # base_url is given always, so that OPENAI_BASE_URL in the environment cannot send questions elsewhere
         self.client = openai.OpenAI(
@@ -48,18 +48,21 @@ class BatchServer:
     @contextmanager
     def asked_for(self, what: str) -> Iterator[None]:
         passing = True  # whether it may go by itself
+        said: str | None = None
         try:
             yield
             return
         except openai.APIStatusError as error:
-            message = f"HTTP {error.status_code}: {error.message}"[:300]
+            message, said = failure_of(error.status_code, error.code), error.message
             passing = error.status_code >= 500 or error.status_code == 429
         except (openai.APIConnectionError, httpx2.HTTPError):
             message = "no answer; is the server up and base_url right?"
         except (openai.APIError, json.JSONDecodeError) as error:
-            message = f"not an answer of this protocol: {error}"[:300]
-        shown = httpx2.URL(self.url).copy_with(username=None, password=None)
-        text = f"{shown}: {what}: {message}; run again to go on, nothing that was submitted is lost"
+            message, said = "not an answer of this protocol", str(error)
+        if said is not None:
+            self._keep(hide_key(said, self.options))
+            message += " (what the server says: batches.sqlite, run.server_said)"
+        text = f"{self.url}: {what}: {message}; run again to go on, nothing that was submitted is lost"
         raise (OutageError if passing else InputError)(hide_key(text, self.options)) from None
 
     def upload(self, state: BatchState, file: BatchFile) -> str:
@@ -110,7 +113,8 @@ class BatchServer:
                 except (openai.RateLimitError, openai.BadRequestError) as error:
                     if not is_full_queue(error.status_code, f"{error.code} {error.message}"):
                         raise
-                    raise QueueFullError(hide_key(error.message[:300], self.options)) from None
+                    self._keep(hide_key(error.message, self.options))
+                    raise QueueFullError(failure_of(error.status_code, error.code)) from None
                 except (openai.APIConnectionError, openai.InternalServerError):
                     if attempt == self.options.max_retries:
                         raise
@@ -118,19 +122,15 @@ class BatchServer:
         raise AssertionError("unreachable")
 
     def download(self, file_id: str, path: Path) -> None:
-        partial = path.with_suffix(".tmp")
         for attempt in range(self.options.max_retries + 1):
             with self.asked_for(f"fetching {path.name}"):
                 try:
                     with (
                         self.transfers.files.with_streaming_response.content(file_id) as response,
-                        partial.open("wb") as out,
+                        atomic(path) as out,
                     ):
                         for chunk in response.iter_bytes(1 << 20):
                             out.write(chunk)
-                        out.flush()
-                        os.fsync(out.fileno())
-                    partial.replace(path)
                     return
                 except httpx2.HTTPError:  # lost in the middle of the body, where the client does not try again
                     if attempt == self.options.max_retries:

@@ -10,24 +10,26 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from data_prep.captions.tasks import Task
 from data_prep.errors import InputError
+from data_prep.files import lock
 
-_VERSION = 1
+_FILE_NAME = "batches.sqlite"
+_VERSION = 2
 _TABLES = """
 CREATE TABLE run (           -- one row: which questions this folder holds
     id          TEXT NOT NULL,   -- random; finds our batches among those of the account
     task        TEXT NOT NULL,
     model       TEXT NOT NULL,
     prompt_hash TEXT NOT NULL,
-    started_s   INTEGER NOT NULL
+    started_s   INTEGER NOT NULL,
+    server_said TEXT             -- the words of its last error: they may quote a question, so they are shown nowhere
 );
 CREATE TABLE files (
     number         INTEGER PRIMARY KEY,
@@ -47,7 +49,8 @@ CREATE TABLE files (
     error_file_id  TEXT,
     server_status  TEXT,
     num_refusals   INTEGER NOT NULL DEFAULT 0,  -- for too many tokens in the queue, since a batch last ended
-    failure        TEXT
+    failure        TEXT,                        -- fixed phrases
+    server_said    TEXT                         -- of the file it refused: may quote a question
 );
 CREATE TABLE pending (
     request_key  TEXT PRIMARY KEY,
@@ -60,7 +63,8 @@ CREATE TABLE found (                            -- where in the result files eac
     request_key TEXT PRIMARY KEY,
     path        INTEGER NOT NULL,
     offset      INTEGER NOT NULL,
-    failure     TEXT                            -- NULL: an answer of the model
+    failure     TEXT,                           -- fixed phrases; NULL: an answer of the model
+    server_said TEXT                            -- instead of an answer: may quote the question
 ) WITHOUT ROWID;
 """
 
@@ -71,7 +75,7 @@ FileState = Literal["written", "submitted", "refused", "ended", "collected"]
 _COLUMNS = (
     *("number", "state", "sha256", "num_bytes", "num_requests", "max_tokens_in", "max_tokens_out"),
     *("num_tokens_in", "num_tokens_out", "upload_begun", "create_begun", "file_id", "batch_id", "output_file_id"),
-    *("error_file_id", "server_status", "num_refusals", "failure"),
+    *("error_file_id", "server_status", "num_refusals", "failure", "server_said"),
 )
 
 
@@ -97,6 +101,7 @@ class BatchFile:
     server_status: str | None = None
     num_refusals: int = 0
     failure: str | None = None
+    server_said: str | None = None
 
     @property
     def name(self) -> str:
@@ -115,24 +120,19 @@ class BatchState:
 
     def __init__(self, folder: Path, task: Task[Any], *, create: bool = False) -> None:
         self.folder = folder
-        path = folder / "batches.sqlite"
+        path = folder / _FILE_NAME
         if not create and not path.is_file():
             raise InputError(f"{folder}: holds no batches; write them first")
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(f"{path}.lock", timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise InputError(f"{folder}: another process works on these batches; wait for it") from None
-        try:
-            self._connection = sqlite3.connect(path, isolation_level=None)
-            self._open(path, task)
-        except sqlite3.Error as error:
-            self._lock.release()
-            raise InputError(f"{path}: cannot be used as state of batches: {error}") from None
-        except BaseException:
-            self._lock.release()
-            raise
+        with ExitStack() as held:
+            held.enter_context(lock(Path(f"{path}.lock"), "a command that works on these batches"))
+            try:
+                self._connection = sqlite3.connect(path, isolation_level=None)
+                held.callback(self._connection.close)
+                self._open(path, task)
+            except sqlite3.Error as error:
+                raise InputError(f"{path}: cannot be used as state of batches: {error}") from None
+            self._held = held.pop_all()
 
     def _open(self, path: Path, task: Task[Any]) -> None:
         version = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
@@ -142,11 +142,11 @@ class BatchState:
             with self.transaction():
                 for statement in _TABLES.split(";\n"):
                     self._connection.execute(statement)
-                self._connection.execute("INSERT INTO run VALUES (?, ?, ?, ?, ?)", run)
+                self._connection.execute("INSERT INTO run VALUES (?, ?, ?, ?, ?, NULL)", run)
                 self._connection.execute(f"PRAGMA user_version = {_VERSION}")
         elif version != _VERSION:
             raise InputError(f"{path}: not a state of batches of version {_VERSION} (found {version})")
-        self.run_id, *found, self.started_s = self._connection.execute("SELECT * FROM run").fetchone()
+        self.run_id, *found, self.started_s, _ = self._connection.execute("SELECT * FROM run").fetchone()
         if tuple(found) != ours:
             raise InputError(
                 f"{self.folder}: holds requests of task {found[0]!r} to model {found[1]!r} with prompt "
@@ -186,6 +186,9 @@ class BatchState:
             (num_in, num_out, number),
         )
 
+    def keep_server_said(self, words: str) -> None:
+        self._connection.execute("UPDATE run SET server_said = ?", (words,))
+
     def forget_refusals(self) -> None:
         """The queue has room again."""
         self._connection.execute("UPDATE files SET num_refusals = 0")
@@ -215,10 +218,10 @@ class BatchState:
     def clear_found(self) -> None:
         self._connection.execute("DELETE FROM found")
 
-    def add_found(self, key: str, path: int, offset: int, failure: str | None) -> bool:
+    def add_found(self, key: str, path: int, offset: int, failure: str | None, server_said: str | None) -> bool:
         """An answer takes the place of an error, else the first line counts. False: another line was there before."""
         cursor = self._connection.execute(
-            "INSERT OR IGNORE INTO found VALUES (?, ?, ?, ?)", (key, path, offset, failure)
+            "INSERT OR IGNORE INTO found VALUES (?, ?, ?, ?, ?)", (key, path, offset, failure, server_said)
         )
         if cursor.rowcount:
             return True
@@ -242,22 +245,23 @@ class BatchState:
     def num_answers_found(self) -> int:
         return int(self._connection.execute("SELECT count(*) FROM found WHERE failure IS NULL").fetchone()[0])
 
-    def num_left_over(self) -> tuple[int, int]:
-        """Lines found and not dropped: of pending requests, and of others."""
-        num_all, num_pending = self._connection.execute(
-            "SELECT count(*), count(file) FROM found LEFT JOIN pending USING (request_key)"
-        ).fetchone()
-        return int(num_pending), int(num_all - num_pending)
+    def left_over(self) -> Iterator[tuple[str, bool]]:
+        """(key, whether it is pending) of each line found and not dropped."""
+        rows = self._connection.execute(
+            "SELECT request_key, file IS NOT NULL FROM found LEFT JOIN pending USING (request_key)"
+        )
+        yield from ((key, bool(pending)) for key, pending in rows)
 
     def numbers_found(self) -> set[int]:
         """Files of which at least one request was found."""
         rows = self._connection.execute("SELECT DISTINCT file FROM pending JOIN found USING (request_key)")
         return {row[0] for row in rows}
 
-    def without_answer(self, number: int) -> Iterator[tuple[str, str | None]]:
-        """(key, failure) of pending requests of a file for which an error was found, or (failure None) nothing."""
+    def without_answer(self, number: int) -> Iterator[tuple[str, str | None, str | None]]:
+        """(key, failure, the server's words) of pending requests of a file for which an error was found, or (failure
+        None) nothing."""
         rows = self._connection.execute(
-            "SELECT request_key, failure FROM pending LEFT JOIN found USING (request_key) "
+            "SELECT request_key, failure, server_said FROM pending LEFT JOIN found USING (request_key) "
             "WHERE file = ? AND (path IS NULL OR failure IS NOT NULL)",
             (number,),
         )
@@ -265,8 +269,7 @@ class BatchState:
         yield from rows.fetchall()
 
     def close(self) -> None:
-        self._connection.close()
-        self._lock.release()
+        self._held.close()
 
     def __enter__(self) -> BatchState:
         return self
@@ -275,6 +278,24 @@ class BatchState:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def pending_questions(folder: Path) -> int:
+    """How many requests of a folder of batches have no answer yet; 0 where there are no batches. Writes nothing.
+
+    Raises InputError where the state cannot be read, such as after a kill in the middle of a commit.
+    """
+    path = folder / _FILE_NAME
+    if not path.is_file():
+        return 0
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            return int(connection.execute("SELECT count(*) FROM pending").fetchone()[0])
+    except sqlite3.Error as error:
+        raise InputError(
+            f"{path}: cannot be read as state of batches: {error}; take up the batches again with `dermvlp batch`, or "
+            "remove the folder to give them up"
+        ) from None
 
 
 class _Transaction:

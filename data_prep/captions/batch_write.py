@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,11 @@ from typing import BinaryIO, Generic, Literal, TypeVar
 from data_prep.captions.batch_state import BatchFile, BatchState, Pending
 from data_prep.captions.completions import CUT_OFF
 from data_prep.captions.ledger import Answer, Ledger
-from data_prep.captions.limits import (
-    cost_usd,
-    num_text_bytes,
-    num_tokens_at_most,
-    num_tokens_estimated,
-    schema_num_bytes,
-)
+from data_prep.captions.limits import PromptTokens, checked_max_usd, cost_usd, num_text_bytes
 from data_prep.captions.tasks import Task, request_body, request_key
 from data_prep.config import LLMOptions
 from data_prep.errors import InputError
+from data_prep.files import atomic
 
 Item = TypeVar("Item")
 
@@ -51,13 +45,15 @@ class WriteSummary:
     num_files: int = 0
     num_written: int = 0
     num_already: int = 0  # with a final answer in the ledger
-    num_pending: int = 0  # in files written before, or earlier among the items
+    num_pending: int = 0  # in files written before
+    num_repeated: int = 0  # earlier among the items
     num_left: int = 0  # not written, for `stopped_by`
     stopped_by: Literal["limit", "max_usd"] | None = None
 
     def __str__(self) -> str:
         text = f"{self.num_written} requests in {self.num_files} files, {self.num_pending} pending from before"
         text += f", {self.num_already} with an answer"
+        text += f", {self.num_repeated} repeated" if self.num_repeated else ""
         return text + (f", {self.num_left} left by {self.stopped_by}" if self.stopped_by else "")
 
 
@@ -77,8 +73,9 @@ def write_batches(
     `limit`: at most so many requests. `max_usd` (default: the options') bounds what all batches of this folder can
     cost at most, at the batch price. An unusable answer is asked again up to `max_attempts` times in total, one that
     was cut off once, with twice the room; `retry_failed` asks once more. Raises InputError for a folder of another
-    task, a request above the size limit, and where `max_usd` has no price.
+    task, a request above the size limit, and as `limits.checked_max_usd` says.
     """
+    checked_max_usd(task.options, limit, max_usd)
     with BatchState(folder, task, create=True) as state:
         return write(state, task, items, ledger, limits or BatchLimits(), retry_failed, limit, max_usd)
 
@@ -96,13 +93,15 @@ def write(
 ) -> WriteSummary:
     """`write_batches` with an open state. `again_only`: nothing that the ledger does not know."""
     summary = WriteSummary()
-    max_usd = task.options.max_usd if max_usd is None else max_usd
+    max_usd = checked_max_usd(task.options, limit, max_usd)
     budget_usd = None if max_usd is None else max_usd - committed_usd(state, task.options)
-    with _Writer(state, task, limits, budget_usd) as writer:
+    first_number = state.next_number()
+    with _Writer(state, task, limits, budget_usd, PromptTokens(task, ledger)) as writer:
         for item in items:
             key = request_key(task, task.identity(item))
-            if state.pending(key) is not None:
-                summary.num_pending += 1
+            if (pending := state.pending(key)) is not None:
+                summary.num_repeated += pending.file >= first_number
+                summary.num_pending += pending.file < first_number
                 continue
             status = ledger.status(key)
             known = ledger.get(key) if status in ("failed", "unanswered") else None
@@ -136,10 +135,7 @@ def committed_usd(state: BatchState, options: LLMOptions) -> float:
 
 
 def _batch_usd(options: LLMOptions, num_tokens_in: int, num_tokens_out: int) -> float:
-    price = options.prices.get(options.model)
-    if price is None:
-        raise InputError(f"max_usd: needs a price of model {options.model!r}; add it to prices, or leave it out")
-    return cost_usd(price, num_tokens_in, num_tokens_out) * (1.0 - options.batch_discount)
+    return cost_usd(options.prices[options.model], num_tokens_in, num_tokens_out) * (1.0 - options.batch_discount)
 
 
 def _is_final(known: Answer, options: LLMOptions) -> bool:
@@ -152,13 +148,18 @@ def _is_final(known: Answer, options: LLMOptions) -> bool:
 class _Writer(Generic[Item]):
     """Fills one file after another. A file has its final name, and a row in the state, when it is whole."""
 
-    def __init__(self, state: BatchState, task: Task[Item], limits: BatchLimits, budget_usd: float | None) -> None:
+    def __init__(
+        self,
+        state: BatchState,
+        task: Task[Item],
+        limits: BatchLimits,
+        budget_usd: float | None,
+        sizes: PromptTokens,
+    ) -> None:
         self._state, self._task, self._limits, self._budget_usd = state, task, limits, budget_usd
-        self._schema_bytes = schema_num_bytes(task.schema)
+        self._sizes = sizes
         self._out: BinaryIO | None = None
         self.num_files = 0
-        if budget_usd is not None:
-            _batch_usd(task.options, 0, 0)  # there must be a price
 
     def add(self, key: str, item: Item, known: Answer | None) -> bool:
         """False: there is no money for it."""
@@ -167,7 +168,7 @@ class _Writer(Generic[Item]):
         if known is not None and known.failure == CUT_OFF:
             body[limit_name] *= 2
         messages = body["messages"]
-        most_in, most_out = num_tokens_at_most(messages, self._schema_bytes), int(body[limit_name])
+        most_in, most_out = self._sizes.at_most(messages), int(body[limit_name])
         if self._budget_usd is not None:
             usd = _batch_usd(self._task.options, most_in, most_out)
             if usd > self._budget_usd:
@@ -175,7 +176,7 @@ class _Writer(Generic[Item]):
             self._budget_usd -= usd
         request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
         line = json.dumps(request, ensure_ascii=False).encode() + b"\n"
-        num_tokens = num_tokens_estimated(messages)
+        num_tokens = self._sizes.estimated(messages)
         self._make_room(len(line), num_tokens)
         assert self._out is not None
         self._out.write(line)
@@ -204,8 +205,8 @@ class _Writer(Generic[Item]):
 
     def _begin(self) -> None:
         self._number = self._state.next_number()
-        self._path = self._state.folder / f"requests-{self._number:03d}.jsonl"
-        self._out = self._path.with_suffix(".tmp").open("wb")
+        self._file = atomic(self._state.folder / f"requests-{self._number:03d}.jsonl")
+        self._out = self._file.__enter__()
         self._digest = hashlib.sha256()
         self._num_bytes = self._num_requests = self._num_tokens = self._most_in = self._most_out = 0
         self._transaction = self._state.transaction()
@@ -213,12 +214,9 @@ class _Writer(Generic[Item]):
 
     def _finish(self) -> None:
         assert self._out is not None
-        self._out.flush()
-        os.fsync(self._out.fileno())
-        self._out.close()
         self._out = None
         # killed after this and before the commit, the file is written over by the next one with its number
-        self._path.with_suffix(".tmp").replace(self._path)
+        self._file.__exit__(None, None, None)
         self._state.add(
             BatchFile(
                 self._number, "written", self._digest.hexdigest(), self._num_bytes, self._num_requests,
@@ -241,13 +239,12 @@ class _Writer(Generic[Item]):
             self._finish()
             return
         self._transaction.__exit__(kind, error, trace)
-        self._out.close()
-        self._path.with_suffix(".tmp").unlink(missing_ok=True)
+        self._file.__exit__(kind, error, trace)
 
 
 def _remove_leftovers(state: BatchState) -> None:
     """Files that a killed process left: nothing of them was ever sent, or nothing is pending."""
     known = {state.path(file) for file in state.files("written", "submitted", "refused", "ended")}
-    for path in (*state.folder.glob("requests-[0-9]*.jsonl"), *state.folder.glob("*-[0-9]*.tmp")):
+    for path in (*state.folder.glob("requests-[0-9]*.jsonl"), *state.folder.glob("*-[0-9]*.partial")):
         if path not in known:
             path.unlink()

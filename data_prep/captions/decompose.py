@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 from data_prep.config import DecomposerConfig, NoDecomposer, RulesDecomposer
 from data_prep.schema import Caption
-
-if TYPE_CHECKING:
-    from data_prep.captions.asking import AskSummary
 
 #: Whether a text fits the context of the text tower to be trained: `data_prep.captions.tokens.TokenCounter.fits`.
 Fits = Callable[[str], bool]
@@ -64,43 +61,20 @@ def keep_fitting(decomposition: Decomposition, fits: Fits) -> Decomposition:
 
 
 class Decomposer(Protocol):
-    """Built from the configuration in every worker process; `prepare` is called once, in the parent, before them."""
+    """Built from the configuration in every worker process. `LLMSplitter.prepare` must have asked before."""
 
     @property
     def name(self) -> str:
         """Enters the manifest: `none`, `rules-1`, or `llm:<model>:<first 12 hex digits of the prompt's hash>`."""
 
-    def prepare(
-        self,
-        captions: Iterable[str],
-        *,
-        retry_failed: bool = False,
-        limit: int | None = None,
-        max_usd: float | None = None,
-    ) -> AskSummary | None:
-        """Do what is slow or needs the network, as `data_prep.captions.asking.ask` says; None if nothing does.
-
-        Streams `captions`. Raises InputError when the model cannot be used.
-        """
-
     def decompose(self, caption: str) -> Decomposition:
-        """Split one caption. Deterministic after `prepare`; no network."""
+        """Split one caption. Deterministic; no network."""
 
 
 class NoSplitter:
     """The Decomposer that leaves captions whole."""
 
     name = "none"
-
-    def prepare(
-        self,
-        captions: Iterable[str],
-        *,
-        retry_failed: bool = False,
-        limit: int | None = None,
-        max_usd: float | None = None,
-    ) -> None:
-        """Nothing to prepare."""
 
     def decompose(self, caption: str) -> Decomposition:
         return Decomposition((), (), made_by="none")

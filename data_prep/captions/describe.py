@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_prep.captions.answers import read_prompt
+from data_prep.captions.answers import read_prompt, schema_violation
 from data_prep.captions.ledger import Ledger
 from data_prep.captions.tasks import Messages, hash_prompt, request_key
 from data_prep.config import LLMDescriber
@@ -69,6 +69,10 @@ class ReportTask:
     @property
     def options(self) -> LLMDescriber:
         return self._config
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self._config.image_tokens
 
     @property
     def prompt_hash(self) -> str:
@@ -181,7 +185,7 @@ def parse_report(raw: str, diagnosis: str | None) -> Caption | NoReport:
         problem = error.errors(include_url=False, include_input=False)[0]
         if problem["type"] == "json_invalid":
             return NoReport("malformed JSON")
-        return NoReport(f"schema violation at {'.'.join(map(str, problem['loc'])) or 'top level'}: {problem['msg']}")
+        return NoReport(schema_violation(problem, {"report"}))
     reason = _why_no_report(text, diagnosis)
     return Caption(aspect=Aspect.CAPTION, text=text) if reason is None else NoReport(reason)
 
@@ -249,11 +253,11 @@ class Describer:
         if answer is None:
             return "the model was not asked for a report"
         if answer.status != "answered" or answer.raw is None:
-            return f"no report: {answer.failure or 'no usable answer'}"
+            return answer.failure or "no usable answer"
         told = diagnosis if self.task.options.give_diagnosis else None
         read = parse_report(answer.raw, told)
         if isinstance(read, NoReport):  # was usable under the checks of an earlier version
-            return f"no report: {read.reason}"
+            return read.reason
         return read.model_copy(update={"origin": f"{self.name}:{answer.answered_on}"})
 
 

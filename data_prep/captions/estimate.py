@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from data_prep.captions.ledger import Ledger
-from data_prep.captions.limits import cost_usd, num_text_bytes, num_tokens_estimated
+from data_prep.captions.limits import MIN_ANSWERS, PromptTokens, cost_usd, format_usd, num_text_bytes
 from data_prep.captions.tasks import Task, request_key
 from data_prep.config import LLMOptions
 
 Item = TypeVar("Item")
 
-#: So many answers of the same task, model and prompt tell more than a rule of thumb.
-MIN_ANSWERS = 20
 _ASSUMED_LATENCY_S = 3.0
 #: of `max_output_tokens`, where nothing was measured; rather too much, a caption of 40 words needs about 150 of 800
 _ASSUMED_SHARE_OF_OUTPUT = 0.25
@@ -25,7 +23,7 @@ _NUM_MEASURED, _MEASURED_ONE_IN = 2_000, 50
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one task over some items. Tokens and dollars are for what is still to be asked, one attempt a question."""
+    """Of one task over some items. Tokens and dollars are for what is still to be asked, with attempts as measured."""
 
     task: str
     model: str
@@ -51,6 +49,7 @@ def estimate(task: Task[Item], items: Iterable[Item], ledger: Ledger | None = No
     formatted, to measure its length.
     """
     seen: set[int] = set()
+    sizes = PromptTokens(task, ledger)
     num_items = num_to_ask = num_measured = num_bytes = num_guessed_in = 0
     for item in items:
         num_items += 1
@@ -65,7 +64,7 @@ def estimate(task: Task[Item], items: Iterable[Item], ledger: Ledger | None = No
             messages = task.messages(item)
             num_measured += 1
             num_bytes += num_text_bytes(messages)
-            num_guessed_in += num_tokens_estimated(messages)
+            num_guessed_in += sizes.estimated(messages)
     num_in, num_out, latency_s, tokens_from, latency_from = _per_question(
         task, ledger, num_bytes / max(1, num_measured), num_guessed_in / max(1, num_measured)
     )
@@ -96,20 +95,22 @@ def estimate(task: Task[Item], items: Iterable[Item], ledger: Ledger | None = No
 def _per_question(
     task: Task[Any], ledger: Ledger | None, num_bytes: float, num_guessed_in: float
 ) -> tuple[float, float, float, str, str]:
-    """Mean input tokens, output tokens and latency (s) of a question of `num_bytes`, and where these come from."""
+    """Mean input tokens, output tokens and time (s, all attempts) of a question, and where these come from."""
     usage = None if ledger is None else ledger.usage(task)
     if usage is None or usage.num_answers < MIN_ANSWERS:
-        assumed = "a rule of thumb (4 bytes a token, answers of a quarter of max_output_tokens; the schema not counted)"
+        image = f"an image {task.num_image_tokens}, " if task.num_image_tokens else ""
+        assumed = f"a rule of thumb (4 bytes a token, {image}answers of a quarter of max_output_tokens, no schema)"
         num_out = _ASSUMED_SHARE_OF_OUTPUT * task.options.max_output_tokens
         return num_guessed_in, num_out, _ASSUMED_LATENCY_S, assumed, "assumed"
     # images are not in the bytes: then the question's text does not tell its tokens, and the mean does
-    measured = f"{usage.num_answers} answers in the ledger, repeated attempts included"
+    measured = f"{usage.num_answers} answers in the ledger, unusable ones and repeated attempts included"
     per_answer_in, per_answer_out = usage.num_tokens_in / usage.num_answers, usage.num_tokens_out / usage.num_answers
     scaled = num_bytes * usage.num_attempts / usage.num_bytes_in
     latency_s, latency_from = usage.mean_latency_s, "measured"
     if latency_s is None:
         latency_s, latency_from = _ASSUMED_LATENCY_S, "assumed"
-    return per_answer_in * scaled, per_answer_out, latency_s, measured, latency_from
+    attempts = usage.num_attempts / usage.num_answers
+    return per_answer_in * scaled, per_answer_out, latency_s * attempts, measured, latency_from
 
 
 def _hours(
@@ -118,7 +119,7 @@ def _hours(
     """The longest of what the three limits need, and which it is."""
     reserved = num_tokens_in + num_to_ask * options.max_output_tokens  # as Paces counts
     needs = {
-        f"concurrency {options.concurrency} at {latency_s:.2g} s a call ({latency_from})": num_to_ask
+        f"concurrency {options.concurrency} at {latency_s:.2g} s a question ({latency_from})": num_to_ask
         * latency_s
         / options.concurrency
         / 3600,
@@ -136,14 +137,14 @@ def format_estimate(estimate: Estimate) -> str:
     if estimate.usd is None or estimate.batch_usd is None:
         money = f"not known: the configuration's prices hold no price of {estimate.model}"
     else:
-        money = f"{estimate.usd:.2f}; as a batch {estimate.batch_usd:.2f}"
+        money = f"{format_usd(estimate.usd)}; as a batch {format_usd(estimate.batch_usd)}"
     lines = {
         "questions": f"{estimate.num_questions} distinct of {estimate.num_items}",
         "already answered": f"{estimate.num_answered}",
         "to ask": f"{estimate.num_to_ask}",
         "tokens": f"{estimate.num_tokens_in} in, {estimate.num_tokens_out} out, by {estimate.tokens_from}",
         "dollars": money,
-        "hours": f"{estimate.hours:.2f}, bound by {estimate.hours_from}",
+        "hours": f"{estimate.hours:.3g}, bound by {estimate.hours_from}",
         "taken before": f"{estimate.num_paid_in} tokens in, {estimate.num_paid_out} out",
     }
     head = f"{estimate.task} by {estimate.model} (an estimate; nothing was asked or spent)"

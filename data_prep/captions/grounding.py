@@ -13,8 +13,18 @@ from functools import lru_cache
 
 #: Chinese and Japanese, which have no spaces: each character stands for a word
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_CJK_STOPS = str.maketrans("\uff0c\u3001\u3002\uff1b\uff1a\uff01\uff1f", ",,.;:!?")
-_TOKEN = re.compile(rf"\d+(?:[.,]\d+)*|[{_CJK}]|[^\W\d_{_CJK}]+(?:['\u2019][a-z]+)?|[.,;:!?]")
+_CJK_STOPS = str.maketrans("\uff0c\u3002\uff1b\uff1a\uff01\uff1f\uff05\uff64", ",.;:!?%\u3001")
+_LIST_MARK = "\u3001"  # between members of a list; in Japanese, between clauses too
+#: Japanese: a clause that says that something is there ends here
+_CLAUSE_END = re.compile("(?<=あり|ある|った|れる|める|めた|るが)\u3001")
+#: Japanese negates behind what is negated
+_NOT_BEFORE = re.compile("な(?:い|し|く|かった)|ませ?ん|(?:め|られ|せ)ず")
+_PHRASES = r"rul(?:e|ed|es|ing)\s+out|rather\s+than|instead\s+of|否认|否認|排除|除外"
+_TOKEN = re.compile(
+    rf"{_PHRASES}|{_NOT_BEFORE.pattern}|\d+(?:[.,]\d+)*|[{_CJK}]|[^\W\d_{_CJK}]+(?:['\u2019][a-z]+)?|[.,;:!?%{_LIST_MARK}]",
+    re.IGNORECASE,
+)
+_PHRASE = re.compile(_PHRASES)
 _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 _NUMBER = re.compile(r"\d")
 
@@ -32,11 +42,15 @@ _NEGATORS = frozenset(
     word
     for line in (
         "no not without never none neither nor denies denied deny denying lacks lack lacking absence absent negative",
-        "free cannot non spared sparing spares excluded unlikely \u65e0 \u6ca1 \u4e0d \u672a \u975e",
+        "free cannot non spared sparing spares exclude excludes excluded excluding unlikely",
+        "无 無 没 沒 不 未 非 否",
     )
     for word in line.split()
 )
-_BACKWARD = frozenset(["not", "never", "absent", "negative", "denied", "excluded", "unlikely"])  # "itching is absent"
+#: "itching is absent"
+_BACKWARD = frozenset(
+    ["not", "never", "absent", "negative", "denied", "excluded", "ruled out", "unlikely", "排除", "除外"]
+)
 #: where the reach of a negation ends
 _STOPS = frozenset(".;:!?") | {
     "but",
@@ -51,9 +65,22 @@ _STOPS = frozenset(".;:!?") | {
     "that",
 }
 _LISTING = frozenset(["or", "nor"])
-_REACH = 8  # words
+_REACH = 8  # words, of each member of a list
 _MIN_CONTINUED = 6  # letters of a stem that another may continue
-_UNITS = frozenset(["hour", "day", "week", "month", "year", "mm", "cm", "mg", "ml", "percent"])
+_UNITS = frozenset(
+    word
+    for line in (
+        "minute min hour hr day week wk month year yr y mm cm inch mg g ml percent % centimeter centimetre",
+        "millimeter millimetre 毫 厘 天 日 周 週 月 年 岁 歳 歲",
+    )
+    for word in line.split()
+)
+#: What may stand between a number and its unit: "3 to 5 mm", "10 consecutive days", "3 个月"
+_BEFORE_UNIT = frozenset(
+    word
+    for line in ("to or and by x full whole consecutive further additional more about", "个 個 か ヶ ケ 箇 多 余")
+    for word in line.split()
+)
 #: longest first, where one ends in another
 _ENDINGS = (
     *("ments", "ment", "ations", "ation", "ions", "ion", "ings", "ing", "ies", "ied", "es", "ed", "ar", "ous", "ly"),
@@ -85,41 +112,62 @@ class _Text:
 
     stems: frozenset[tuple[str, bool]]  # content word, whether negated
     numbers: frozenset[str]
-    units: frozenset[tuple[str, str]]  # number, unit soon after it
+    units: frozenset[tuple[str, str]]  # number, its unit
 
 
 def _is_negator(token: str) -> bool:
-    return token in _NEGATORS or token.endswith(("n't", "n\u2019t"))
+    return token in _NEGATORS or token.endswith(("n't", "n\u2019t")) or _PHRASE.fullmatch(token) is not None
 
 
 def _negated_positions(tokens: list[str]) -> set[int]:
     """Positions that a negation reaches: the words after it up to a stop or a comma (unless the comma is inside a list
-    that ends in "or"), and the words before "is absent", "is not".
+    that ends in "or"), and the words before "is absent", "is not". It reaches over the marks of a Chinese list.
     """
     reached: set[int] = set()
     for position, token in enumerate(tokens):
-        if not _is_negator(token):
-            continue
-        for ahead in range(position + 1, min(len(tokens), position + 1 + _REACH)):
-            if tokens[ahead] in _STOPS:
-                break
-            if tokens[ahead] == ",":
-                rest = tokens[ahead + 1 : position + 1 + 2 * _REACH]
-                end = next((i for i, word in enumerate(rest) if word in _STOPS), len(rest))
-                if not _LISTING & set(rest[:end]):
+        behind_only = _NOT_BEFORE.fullmatch(token) is not None
+        if _is_negator(token):
+            left = _REACH
+            for ahead in range(position + 1, len(tokens)):
+                if tokens[ahead] == _LIST_MARK:
+                    left = _REACH
+                    continue
+                if tokens[ahead] in _STOPS or left == 0:
                     break
-            reached.add(ahead)
-        if token in _BACKWARD or token.endswith(("n't", "n\u2019t")):
-            for behind in range(position - 1, max(-1, position - 1 - _REACH), -1):
-                if tokens[behind] in _STOPS or tokens[behind] in (",", "and"):
+                if tokens[ahead] == ",":
+                    rest = tokens[ahead + 1 : position + 1 + 2 * _REACH]
+                    end = next((i for i, word in enumerate(rest) if word in _STOPS), len(rest))
+                    if not _LISTING & set(rest[:end]):
+                        break
+                reached.add(ahead)
+                left -= 1
+        if behind_only or token in _BACKWARD or token.endswith(("n't", "n\u2019t")):
+            left = _REACH
+            for behind in range(position - 1, -1, -1):
+                if tokens[behind] == _LIST_MARK:
+                    left = _REACH
+                    continue
+                if tokens[behind] in _STOPS or tokens[behind] in (",", "and") or left == 0:
                     break
                 reached.add(behind)
+                left -= 1
     return reached
+
+
+def _unit(tokens: list[str], position: int) -> str | None:
+    """Of the number at `position`: "5" in "3 to 5 mm" and "3" too."""
+    for token in tokens[position + 1 : position + 6]:
+        if token.removesuffix("s") in _UNITS:
+            return token.removesuffix("s")
+        if token not in _BEFORE_UNIT and not _NUMBER.match(token):
+            return None
+    return None
 
 
 @lru_cache(maxsize=256)  # the caption is compared with each of its sub-captions
 def _reduce(text: str) -> _Text:
-    tokens = [token.lower() for token in _TOKEN.findall(text.translate(_CJK_STOPS))]
+    marked = _CLAUSE_END.sub(",", text.translate(_CJK_STOPS))
+    tokens = [" ".join(token.lower().split()) for token in _TOKEN.findall(marked)]
     negated = _negated_positions(tokens)
     stems: set[tuple[str, bool]] = set()
     numbers: set[str] = set()
@@ -127,8 +175,11 @@ def _reduce(text: str) -> _Text:
     for position, token in enumerate(tokens):
         if _NUMBER.match(token):
             numbers.add(token)
-            units |= {(token, stem(word)) for word in tokens[position + 1 : position + 5]}
-        elif token[0].isalpha() and token not in _FUNCTION_WORDS and not _is_negator(token):
+            if (unit := _unit(tokens, position)) is not None:
+                units.add((token, unit))
+        elif token[0].isalpha() and not (
+            token in _FUNCTION_WORDS or _is_negator(token) or _NOT_BEFORE.fullmatch(token)
+        ):
             stems.add((stem(token), position in negated))
     return _Text(frozenset(stems), frozenset(numbers), frozenset(units))
 
@@ -152,10 +203,8 @@ def why_ungrounded(text: str, caption: str) -> str | None:
     missing = sorted(claim.numbers - source.numbers)
     if missing:
         return f"not grounded: number {missing[0]} is not in the caption"
-    for number, unit in sorted(claim.units):
-        source_units = {word for other, word in source.units if other == number} & _UNITS
-        if unit in _UNITS and source_units and unit not in source_units:
-            return f"not grounded: {number} has another unit in the caption"
+    for number, _ in sorted(claim.units - source.units):
+        return f"not grounded: {number} has another unit in the caption, or none"
     for word, negated in sorted(claim.stems):
         polarities = {source_negated for source_negated in (False, True) if (word, source_negated) in source.stems}
         if len(word) >= _MIN_CONTINUED:

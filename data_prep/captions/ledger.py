@@ -1,10 +1,12 @@
 """What models were asked and what they answered: one SQLite file, every answer committed when it arrives.
 
 A killed run loses at most the calls in flight; the next one asks only for what is missing. Neither the questions nor
-the API key are stored: a question's identity enters as part of a SHA-256. The file uses a write-ahead log, which needs
-a file system of one machine (several processes may read it; on Lustre or NFS keep it on a node's own disk and copy
-it). One process at a time may ask (`Ledger.exclusive`); the parts of a job array have a file each, and
-`merge_ledgers` makes one of them.
+the API key are stored: a question's identity enters as part of a SHA-256. `failure` holds fixed phrases and may be
+shown; `raw` may quote the question, as answers and servers' errors do, and is for no log or table.
+
+The file uses a write-ahead log, which needs a file system of one machine (several processes may read it; on Lustre or
+NFS keep it on a node's own disk and copy it). One process at a time may ask (`Ledger.exclusive`); the parts of a job
+array have a file each, and `merge_ledgers` makes one of them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ CREATE TABLE IF NOT EXISTS answers (
     model          TEXT NOT NULL,
     prompt_hash    TEXT NOT NULL,
     status         TEXT NOT NULL CHECK (status IN ('answered', 'failed', 'unanswered')),
-    raw            TEXT,               -- the last answer as it came, usable or not
+    raw            TEXT,               -- the last answer as it came, usable or not; if none came, the server's words
     finish_reason  TEXT,
     failure        TEXT,
     raw_failures   TEXT NOT NULL,      -- JSON: [reason, raw] of each unusable answer before the last
@@ -67,12 +69,12 @@ class Answer:
     """The last answer to one question and how it was come by."""
 
     status: Status
-    raw: str | None = None
+    raw: str | None = None  # unanswered: what the server said instead
     finish_reason: str | None = None
     num_tokens_in: int = 0  # of all attempts together
     num_tokens_out: int = 0
     num_attempts: int = 1
-    failure: str | None = None
+    failure: str | None = None  # fixed phrases, statuses, positions: nothing that the server or the model wrote
     answered_on: str = ""  # ISO date, UTC; "" in `put`: today
     raw_failures: tuple[tuple[str, str | None], ...] = ()  # reason and raw answer of the unusable ones before
     num_bytes_in: int = 0  # UTF-8 bytes of the question's text
@@ -81,12 +83,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the answers to one task, model and prompt took, in total."""
+    """What the answers to one task, model and prompt took, in total, usable or not."""
 
-    num_answers: int
+    num_answers: int  # questions with an answer, and with what it took
     num_attempts: int
     num_tokens_in: int
     num_tokens_out: int
+    max_tokens_in: int  # of one attempt
     num_bytes_in: int  # of all attempts
     mean_latency_s: float | None
 
@@ -132,8 +135,12 @@ class Ledger:
         row = self._execute(_STATUS, (key,)).fetchone()
         return None if row is None else row[0]
 
-    def put(self, key: str, task: Task[Any], answer: Answer) -> None:
-        """Committed on return; replaces what was there for the same question, whose tokens stay counted as paid."""
+    def put(self, key: str, task: Task[Any], answer: Answer, *, continues: Answer | None = None) -> None:
+        """Committed on return; replaces what was there for the same question, whose tokens stay counted as paid.
+
+        `continues`: what is there, where `answer` counts its attempts and tokens too.
+        """
+        paid_before = (0, 0) if continues is None else (continues.num_tokens_in, continues.num_tokens_out)
         self._execute(
             _PUT,
             (
@@ -141,21 +148,22 @@ class Ledger:
                 *(answer.status, answer.raw, answer.finish_reason, answer.num_tokens_in, answer.num_tokens_out),
                 *(answer.num_attempts, answer.failure, answer.answered_on or datetime.now(UTC).date().isoformat()),
                 *(json.dumps(answer.raw_failures, ensure_ascii=False), answer.num_bytes_in, answer.latency_s),
-                *(answer.num_tokens_in, answer.num_tokens_out),
+                *(answer.num_tokens_in - paid_before[0], answer.num_tokens_out - paid_before[1]),
             ),
         )
 
     def usage(self, task: Task[Any]) -> Usage:
-        """Of the usable answers to this task, model and prompt whose question was measured."""
+        """Of the answers to this task, model and prompt whose question was measured."""
         row = self._execute(
             "SELECT count(*), total(num_attempts), total(num_tokens_in), total(num_tokens_out), "
+            "max((num_tokens_in + num_attempts - 1) / num_attempts), "
             "total(num_bytes_in * num_attempts), avg(latency_s) FROM answers "
-            "WHERE task = ? AND model = ? AND prompt_hash = ? AND status = 'answered' "
+            "WHERE task = ? AND model = ? AND prompt_hash = ? AND status IN ('answered', 'failed') "
             "AND num_tokens_in > 0 AND num_bytes_in > 0",
             (task.name, task.options.model, task.prompt_hash),
         ).fetchone()
-        num_answers, num_attempts, num_in, num_out, num_bytes, latency_s = row
-        return Usage(num_answers, int(num_attempts), int(num_in), int(num_out), int(num_bytes), latency_s)
+        num_answers, num_attempts, num_in, num_out, most_in, num_bytes, latency_s = row
+        return Usage(num_answers, int(num_attempts), int(num_in), int(num_out), most_in or 0, int(num_bytes), latency_s)
 
     def paid_tokens(self, task: Task[Any]) -> tuple[int, int]:
         """Input and output tokens that this task and model have taken in all runs and with all prompts."""

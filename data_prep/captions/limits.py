@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from typing import Any
 
-from data_prep.captions.tasks import Messages
+from data_prep.captions.ledger import Ledger
+from data_prep.captions.tasks import Messages, Task
 from data_prep.config import LLMOptions, Price
+from data_prep.errors import InputError
 
 _BYTES_PER_TOKEN = 4.0  # of English text, in the tokenizers of the last years
-#: OpenAI's rule for images: so many tokens for the whole, and for each square of 512 px at high detail
-_IMAGE_TOKENS, _TILE_TOKENS = 85, 170
+#: So many answers of the same task, model and prompt tell more than a rule of thumb.
+MIN_ANSWERS = 20
 
 
 class Pace:
@@ -85,25 +88,64 @@ def cost_usd(price: Price, num_tokens_in: float, num_tokens_out: float) -> float
     return (num_tokens_in * price.input_usd + num_tokens_out * price.output_usd) / 1e6
 
 
+def format_usd(usd: float) -> str:
+    """Four digits that count, and never fewer than the cents: `0.001234`, `12.34`, `1234.56`."""
+    num_decimals = 2 if usd == 0 else max(2, 3 - math.floor(math.log10(abs(usd))))
+    return f"{usd:.{num_decimals}f}"
+
+
+def checked_max_usd(options: LLMOptions, limit: int | None, max_usd: float | None) -> float | None:
+    """The money that a run may spend: its own `max_usd`, else that of the options.
+
+    Raises InputError for a `limit` or `max_usd` that is not positive, and for money without a price of the model.
+    """
+    if limit is not None and not limit >= 1:
+        raise InputError(f"limit: {limit} is no number of questions; give 1 or more, or leave it out")
+    if max_usd is not None and not 0 < max_usd < math.inf:
+        raise InputError(f"max_usd: {max_usd} is no amount to spend; give a positive number, or leave it out")
+    max_usd = options.max_usd if max_usd is None else max_usd
+    if max_usd is not None and options.model not in options.prices:
+        raise InputError(f"max_usd: needs a price of model {options.model!r}; add it to prices, or leave it out")
+    return max_usd
+
+
 def num_text_bytes(messages: Messages) -> int:
     """UTF-8 bytes of the messages' text, images left out."""
     return sum(len(part["text"].encode()) for part in _parts(messages) if part["type"] == "text")
 
 
-def num_tokens_at_most(messages: Messages, schema_bytes: int = 0) -> int:
-    """A bound: no tokenizer makes more tokens of a text than it has bytes."""
-    return num_text_bytes(messages) + _num_image_tokens(messages) + schema_bytes + 16 * len(messages)
+class PromptTokens:
+    """How many tokens the questions of a task take, before they are asked.
 
+    Text by its bytes. What an image takes is the server's to decide: `Task.num_image_tokens`, until `MIN_ANSWERS`
+    answers to the same task, model and prompt, in the ledger or of this run, have shown it.
+    """
 
-def num_tokens_estimated(messages: Messages) -> int:
-    """Four bytes a token, and images by OpenAI's rule at the size that `describe` sends at most (one tile and more)."""
-    return round(num_text_bytes(messages) / _BYTES_PER_TOKEN) + _num_image_tokens(messages) + 8 * len(messages)
+    def __init__(self, task: Task[Any], ledger: Ledger | None) -> None:
+        self._image_tokens = task.num_image_tokens
+        # what the schema may add: servers that guide decoding by it charge nothing, others show it to the model
+        self._schema_bytes = len(json.dumps(dict(task.schema)).encode())
+        usage = None if ledger is None else ledger.usage(task)
+        self._num_seen, self._total, self._most = (
+            (0, 0, 0) if usage is None else (usage.num_attempts, usage.num_tokens_in, usage.max_tokens_in)
+        )
 
+    def observe(self, num_tokens_in: int) -> None:
+        """What one more question took, as the server says."""
+        self._num_seen += 1
+        self._total += num_tokens_in
+        self._most = max(self._most, num_tokens_in)
 
-def _num_image_tokens(messages: Messages) -> int:
-    images = [part["image_url"] for part in _parts(messages) if part["type"] == "image_url"]
-    # four tiles: a picture of up to 1024 px, whose size is not worth decoding for
-    return sum(_IMAGE_TOKENS + (0 if image.get("detail") == "low" else 4 * _TILE_TOKENS) for image in images)
+    def at_most(self, messages: Messages) -> int:
+        """No tokenizer makes more tokens of a text than it has bytes; with images, as much as any question took."""
+        image_tokens = 0 if self._num_seen >= MIN_ANSWERS else self._image_tokens
+        return max(num_text_bytes(messages) + image_tokens + self._schema_bytes + 16 * len(messages), self._most)
+
+    def estimated(self, messages: Messages) -> int:
+        """Four bytes a token; with images, the mean of what questions took."""
+        if self._image_tokens and self._num_seen >= MIN_ANSWERS:
+            return round(self._total / self._num_seen)
+        return round(num_text_bytes(messages) / _BYTES_PER_TOKEN) + self._image_tokens + 8 * len(messages)
 
 
 def _parts(messages: Messages) -> list[dict[str, Any]]:
@@ -116,8 +158,3 @@ def _parts(messages: Messages) -> list[dict[str, Any]]:
             else message["content"]
         )
     ]
-
-
-def schema_num_bytes(schema: Any) -> int:
-    """What the schema may add to a prompt: servers that guide decoding by it charge nothing, others show it."""
-    return len(json.dumps(dict(schema)).encode())

@@ -16,11 +16,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.captions.decompose import Decomposer, Decomposition, make_decomposer
 from data_prep.config import PrepareConfig, RulesDecomposer, load_config
 from data_prep.errors import InputError
 from data_prep.schema import SUBCAPTION_ASPECTS, Aspect
+
+if TYPE_CHECKING:
+    from data_prep.captions.asking import AskSummary
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -73,10 +77,17 @@ def measure(captions: Sequence[str], decompositions: Sequence[Decomposition], el
     }
 
 
-def _decomposer(config_path: Path | None, ledger_path: Path) -> Decomposer:
-    if config_path is None:
-        return make_decomposer(RulesDecomposer(), ledger_path)
-    return make_decomposer(load_config(config_path, [], PrepareConfig).decomposer, ledger_path)
+def _prepared(
+    config_path: Path | None, ledger_path: Path, captions: Sequence[str]
+) -> tuple[Decomposer, AskSummary | None]:
+    """The decomposer, and what came of asking where it is a model's."""
+    config = RulesDecomposer() if config_path is None else load_config(config_path, [], PrepareConfig).decomposer
+    if config.kind != "llm":
+        return make_decomposer(config, ledger_path), None
+    from data_prep.captions.llm import LLMSplitter
+
+    splitter = LLMSplitter(config, ledger_path)
+    return splitter, splitter.prepare(captions)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,8 +102,7 @@ def print_report(arguments: argparse.Namespace) -> int:
     """Figures, examples and, last, one JSON object. Raises InputError for unusable input; returns 0."""
     captions = read_captions(arguments.derm1m_dir)
     with tempfile.TemporaryDirectory() as folder:
-        decomposer = _decomposer(arguments.config, arguments.ledger or Path(folder) / "captions.sqlite")
-        summary = decomposer.prepare(captions)
+        decomposer, summary = _prepared(arguments.config, arguments.ledger or Path(folder) / "l.sqlite", captions)
         start_s = time.perf_counter()
         decompositions = [decomposer.decompose(caption) for caption in captions]
         elapsed_s = time.perf_counter() - start_s

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -339,16 +338,6 @@ class RuleSplitter:
 
     def __init__(self, fits: Fits = fits_in_bytes) -> None:
         self._fits = fits
-
-    def prepare(
-        self,
-        captions: Iterable[str],
-        *,
-        retry_failed: bool = False,
-        limit: int | None = None,
-        max_usd: float | None = None,
-    ) -> None:
-        """Nothing to prepare."""
 
     def decompose(self, caption: str) -> Decomposition:
         return keep_fitting(split(caption), self._fits)

@@ -23,6 +23,7 @@ class SubcaptionsTask:
     """A `Task[str]` whose items are captions; white space makes no difference between them."""
 
     name = "subcaptions"
+    num_image_tokens = 0
 
     def __init__(self, options: LLMDecomposer, fits: Fits = fits_in_bytes) -> None:
         self.options = options

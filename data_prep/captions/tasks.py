@@ -33,6 +33,10 @@ class Task(Protocol[Item]):
         """Hexadecimal SHA-256 of everything but the item that the model is given: prompt file, schema, options."""
 
     @property
+    def num_image_tokens(self) -> int:
+        """The most that the images of one question take; 0 for a task without."""
+
+    @property
     def schema(self) -> Mapping[str, object]:
         """Strict JSON schema of an answer."""
 

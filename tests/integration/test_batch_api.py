@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -128,22 +129,25 @@ def test_batches_that_end_without_all_answers(tmp_path: Path, ledger: Ledger, ou
 
 
 def test_a_round_without_any_answer_ends_the_run(tmp_path: Path, ledger: Ledger) -> None:
-    with serve_batches(lambda body, number: Line("bad image", status=400)) as api:
+    with serve_batches(lambda body, number: Line(f"bad image: {caption_of(body)}", status=400)) as api:
         made = task(api.url)
         summary = run(made, ledger, tmp_path / "batches")
-        assert summary.stopped_by == "a whole round without an answer (HTTP 400: bad image)"
+        assert summary.stopped_by == "a whole round without an answer (HTTP 400)"
         assert len(api.batches) == 3 and statuses(ledger, made) == {"unanswered": 12}
 
 
 def test_a_file_that_is_refused_is_reported_and_tried_again(tmp_path: Path, ledger: Ledger) -> None:
-    error = {"code": "model_not_found", "message": f"no model 'tiny' for {KEY}", "line": 1}
+    error = {"code": "model_not_found", "message": f"{CAPTIONS[4]} for {KEY}", "line": 1}
     with serve_batches(good, lambda number: Outcome("failed", error=error) if number == 1 else Outcome()) as api:
         made = task(api.url)
         with pytest.raises(
-            InputError, match=r"requests-001\.jsonl was refused: line 1: model_not_found: no model"
+            InputError, match=r"requests-001\.jsonl was refused: line 1: server error model_not_found "
         ) as e:
             run(made, ledger, tmp_path / "batches")
-        assert KEY not in str(e.value)
+        assert KEY not in str(e.value) and CAPTIONS[4] not in str(e.value)
+        with sqlite3.connect(tmp_path / "batches" / "batches.sqlite") as state:
+            said = state.execute("SELECT server_said FROM files WHERE server_said IS NOT NULL").fetchall()
+        assert said == [(f"model_not_found: {CAPTIONS[4]} for ***",)]
         assert statuses(ledger, made) == {"answered": 8, "None": 4}  # the others are not held up
         run(made, ledger, tmp_path / "batches")
         assert statuses(ledger, made) == {"answered": 12} and set(paid(api, made).values()) == {1}
@@ -178,7 +182,7 @@ def test_429_at_creation_leaves_the_rest_for_later(tmp_path: Path, ledger: Ledge
         write_batches(made, CAPTIONS, ledger, folder, limits=LIMITS)
         submitted = submit(made, folder)
         assert (submitted.num_submitted, submitted.num_waiting) == (2, 1)
-        assert submitted.reason is not None and "Enqueued token limit" in submitted.reason
+        assert submitted.reason == "HTTP 429 token_limit_exceeded"
         assert submit(made, folder).num_submitted == 0 and api.events["create"] == 3  # none has ended since
         poll(made, folder, wait=False)
         assert poll(made, folder, wait=False).statuses == {"completed": 1, "in_progress": 1}
@@ -191,7 +195,7 @@ def test_429_at_creation_leaves_the_rest_for_later(tmp_path: Path, ledger: Ledge
     faults = [Fault("create", 0, 429, "You exceeded your current quota", "insufficient_quota")]
     with serve_batches(good, faults=faults) as api:
         made, folder = task(api.url), tmp_path / "poor"
-        with Ledger(tmp_path / "empty.sqlite") as empty, pytest.raises(InputError, match="exceeded your current quota"):
+        with Ledger(tmp_path / "empty.sqlite") as empty, pytest.raises(InputError, match="HTTP 429 insufficient_quota"):
             run(made, empty, folder)
 
 
@@ -220,7 +224,7 @@ def test_key_refused_no_server_a_batch_that_is_gone(tmp_path: Path, ledger: Ledg
         made, folder = task(api.url), tmp_path / "batches"
         with pytest.raises(InputError, match=r"uploading requests-000\.jsonl: HTTP 401") as caught:
             run(made, ledger, folder)
-        assert KEY not in str(caught.value) and api.events["upload"] == 1
+        assert KEY not in str(caught.value) and "Incorrect" not in str(caught.value) and api.events["upload"] == 1
         assert submit(made, folder).num_submitted == 3
         api.batches.clear()
         with pytest.raises(InputError, match=r"batch_0 of requests-000.*HTTP 404"):

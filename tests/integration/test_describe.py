@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from data_prep.captions.batch_api import BatchLimits, run_batches
-from data_prep.captions.decompose import make_decomposer
 from data_prep.captions.describe import Undescribed, make_describer
 from data_prep.captions.ledger import Ledger
+from data_prep.captions.llm import LLMSplitter
 from data_prep.config import LLMDecomposer, LLMDescriber
 from data_prep.schema import Aspect, Caption
 from tests.integration.batch_server import Line, serve_batches
@@ -108,7 +108,7 @@ def test_reports_their_origin_and_what_there_is_none_of(tmp_path: Path, in_batch
     assert (kind, model, prompt) == ("llm", "tiny-vl", worker.task.prompt_hash[:12]) and len(day) == 10
     assert worker.name == f"{kind}:{model}:{prompt}"
     assert isinstance(worker.report(items[2].image_sha256, "naevus"), Caption)
-    assert worker.report(items[1].image_sha256, "melanoma") == "no report: a refusal in words"
+    assert worker.report(items[1].image_sha256, "melanoma") == "a refusal in words"
     assert worker.report(items[1].image_sha256, "eczema") == "the model was not asked for a report"
     content = b"".join(path.read_bytes() for path in tmp_path.glob("answers.sqlite*"))
     assert b"psoriasis" not in content and items[0].image_sha256.encode() not in content
@@ -155,7 +155,7 @@ def test_a_report_is_split_into_findings(tmp_path: Path) -> None:
         describer.prepare([item])
         caption = describer.report(item.image_sha256, "eczema")
         assert isinstance(caption, Caption)
-        decomposer = make_decomposer(
+        decomposer = LLMSplitter(
             LLMDecomposer(model="tiny", base_url=api.url, api_key_env="UNSET_KEY", prompt="findings_v1"),
             tmp_path / "l.sqlite",
         )

@@ -17,6 +17,7 @@ import pytest
 
 from data_prep.captions.decompose import make_decomposer
 from data_prep.captions.llm import LLMSplitter
+from data_prep.captions.tasks import request_key
 from data_prep.config import LLMDecomposer, RulesDecomposer
 from data_prep.errors import InputError
 from tests.integration.llm_server import Reply, answer, serve
@@ -95,7 +96,7 @@ def test_each_outcome_its_requests_and_no_second_asking(tmp_path: Path, caplog: 
     caplog.set_level(logging.DEBUG)
     ledger_path = tmp_path / "captions.sqlite"
     with serve(SCRIPT.__getitem__) as server:
-        decomposer = make_decomposer(config(server.url), ledger_path)
+        decomposer = LLMSplitter(config(server.url), ledger_path)
         decomposer.prepare([*SCRIPT, GOOD, *SCRIPT])  # each one three or two times
         expected = dict.fromkeys((GOOD, SLOW), 1) | dict.fromkeys((LIMITED, BROKEN, *UNUSABLE), 2)
         assert dict(server.num_requests) == expected
@@ -104,13 +105,13 @@ def test_each_outcome_its_requests_and_no_second_asking(tmp_path: Path, caplog: 
         assert server.bodies[0]["response_format"]["json_schema"]["strict"] is True
         assert server.bodies[0]["max_tokens"] == 800
 
-        make_decomposer(config(server.url), ledger_path).prepare(SCRIPT)
+        LLMSplitter(config(server.url), ledger_path).prepare(SCRIPT)
         assert dict(server.num_requests) == expected
         LLMSplitter(config(server.url), ledger_path).prepare(SCRIPT, retry_failed=True)
         assert {c for c in SCRIPT if server.num_requests[c] > expected[c]} == set(UNUSABLE)
 
     # another object, no server any more: what a worker process does
-    worker = make_decomposer(config(server.url), ledger_path)
+    worker = LLMSplitter(config(server.url), ledger_path)
     for caption, reply in FINE.items():
         made = worker.decompose(caption)
         assert (made.made_by, made.failure) == ("llm", None)
@@ -123,7 +124,7 @@ def test_each_outcome_its_requests_and_no_second_asking(tmp_path: Path, caplog: 
         assert made.made_by == "rules" and made.subcaptions == rules.decompose(caption).subcaptions
         assert made.failure is not None and made.failure.startswith(reason)
     assert len(worker.decompose(INVENTED).dropped) == 2
-    skipping = make_decomposer(config(server.url, on_failure="keep_whole"), ledger_path).decompose(CUT)
+    skipping = LLMSplitter(config(server.url, on_failure="keep_whole"), ledger_path).decompose(CUT)
     assert (skipping.subcaptions, skipping.made_by, skipping.failure) == ((), "llm", UNUSABLE[CUT])
 
     rows = (
@@ -137,7 +138,7 @@ def test_each_outcome_its_requests_and_no_second_asking(tmp_path: Path, caplog: 
 
 def test_second_attempt_that_can_be_used_is_taken(tmp_path: Path) -> None:
     with serve(lambda _: [Reply("not json"), FINE[GOOD]]) as server:
-        decomposer = make_decomposer(config(server.url), tmp_path / "l.sqlite")
+        decomposer = LLMSplitter(config(server.url), tmp_path / "l.sqlite")
         decomposer.prepare([GOOD])
         assert server.num_requests[GOOD] == 2
     assert decomposer.decompose(GOOD).made_by == "llm"
@@ -148,19 +149,21 @@ def test_refused_key_or_model_stops_at_once(tmp_path: Path, status: int) -> None
     captions = [f"Red patch number {number}" for number in range(200)]
     with serve(lambda _: [Reply(f"Incorrect key {KEY}", status)]) as server:
         with pytest.raises(InputError, match=f"HTTP {status} for model 'tiny'") as caught:
-            make_decomposer(config(server.url), tmp_path / "l.sqlite").prepare(captions)
+            LLMSplitter(config(server.url), tmp_path / "l.sqlite").prepare(captions)
         assert server.num_requests.total() <= 4  # those in flight
-    assert KEY not in str(caught.value) and caught.value.__cause__ is None
+    assert KEY not in str(caught.value) and "Incorrect" not in str(caught.value) and caught.value.__cause__ is None
+    with sqlite3.connect(tmp_path / "l.sqlite") as connection:
+        assert "Incorrect key ***" in connection.execute("SELECT raw FROM answers").fetchone()[0]
 
 
 def test_no_server_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"http://127\.0\.0\.1:9/v1: cannot connect"):
-        make_decomposer(config("http://127.0.0.1:9/v1", max_retries=0), tmp_path / "l.sqlite").prepare([GOOD])
+        LLMSplitter(config("http://127.0.0.1:9/v1", max_retries=0), tmp_path / "l.sqlite").prepare([GOOD])
     monkeypatch.delenv("TEST_LLM_KEY")
     with pytest.raises(InputError, match="TEST_LLM_KEY is not set"):
-        make_decomposer(config(None), tmp_path / "l.sqlite").prepare([GOOD])
+        LLMSplitter(config(None), tmp_path / "l.sqlite").prepare([GOOD])
     with serve(SCRIPT.__getitem__) as server:
-        make_decomposer(config(server.url), tmp_path / "l.sqlite").prepare([GOOD])
+        LLMSplitter(config(server.url), tmp_path / "l.sqlite").prepare([GOOD])
         assert server.headers[0]["authorization"] == "Bearer not-needed"
 
 
@@ -169,19 +172,24 @@ def test_unanswered_captions_are_served_and_asked_again(tmp_path: Path, caplog: 
     replies = {
         GOOD: [Reply(FINE[GOOD].content, delay_s=1.0), FINE[GOOD]],
         LIMITED: [Reply("slow down", 429, headers=retry), FINE[LIMITED]],
-        BROKEN: [Reply(f"bad request of {KEY}", 400), FINE[BROKEN]],
+        BROKEN: [Reply(f"bad request of {KEY}: {BROKEN}", 400), FINE[BROKEN]],
         SLOW: [Reply(body=b"<html>hello</html>"), FINE[SLOW]],
     }
     settings = {"max_retries": 0, "timeout_s": 0.4}
     with serve(replies.__getitem__) as server:
-        first = make_decomposer(config(server.url, **settings), tmp_path / "l.sqlite")
+        first = LLMSplitter(config(server.url, **settings), tmp_path / "l.sqlite")
         first.prepare(replies)
         failures = {caption: first.decompose(caption).failure or "" for caption in replies}
         assert "0.4 s" in failures[GOOD] and "429" in failures[LIMITED] and "HTTP 400" in failures[BROKEN]
         assert "base_url" in failures[SLOW] and KEY not in str(failures)
+        # the server's words, which may quote the question, are in the ledger alone
+        assert (failures[LIMITED], failures[BROKEN]) == ("HTTP 429", "HTTP 400")
+        kept = first.ledger.get(request_key(first.task, BROKEN))
+        assert kept is not None and kept.raw is not None and f"bad request of ***: {BROKEN}" in kept.raw
+        assert "bad request" not in caplog.text and BROKEN not in caplog.text
         assert {first.decompose(caption).made_by for caption in replies} == {"rules"}
         assert "4 questions got no answer" in caplog.text
-        second = make_decomposer(config(server.url, **settings), tmp_path / "l.sqlite")
+        second = LLMSplitter(config(server.url, **settings), tmp_path / "l.sqlite")
         second.prepare(replies)
         assert {second.decompose(caption).made_by for caption in replies} == {"llm"}
         assert set(server.num_requests.values()) == {2}
@@ -190,28 +198,28 @@ def test_unanswered_captions_are_served_and_asked_again(tmp_path: Path, caplog: 
 def test_a_server_that_is_down_ends_the_run(tmp_path: Path) -> None:
     captions = [f"Red patch number {number}" for number in range(300)]
     with serve(lambda _: [Reply("overloaded", 503)]) as server:
-        with pytest.raises(InputError, match=r"calls in a row without an answer.*overloaded.*unanswered"):
-            make_decomposer(config(server.url, max_retries=0), tmp_path / "l.sqlite").prepare(captions)
+        with pytest.raises(InputError, match=r"calls in a row without an answer.*HTTP 503; .*unanswered"):
+            LLMSplitter(config(server.url, max_retries=0), tmp_path / "l.sqlite").prepare(captions)
         assert 16 <= server.num_requests.total() <= 20
 
 
 def test_a_caption_never_asked_and_a_foreign_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run the preparation again"):
-        make_decomposer(config("http://127.0.0.1:9/v1"), tmp_path / "l.sqlite").decompose(GOOD)
+        LLMSplitter(config("http://127.0.0.1:9/v1"), tmp_path / "l.sqlite").decompose(GOOD)
     (tmp_path / "text").write_text("not a database, but long enough to be looked at\n" * 40)
     with pytest.raises(InputError, match="cannot be used as ledger"):
-        make_decomposer(config("http://127.0.0.1:9/v1"), tmp_path / "text").decompose(GOOD)
+        LLMSplitter(config("http://127.0.0.1:9/v1"), tmp_path / "text").decompose(GOOD)
     with pytest.raises(InputError, match="no prompt"):
-        make_decomposer(config(None, prompt="../../config"), tmp_path / "l.sqlite")
+        LLMSplitter(config(None, prompt="../../config"), tmp_path / "l.sqlite")
 
 
 PREPARE = """
 import sys
 from pathlib import Path
-from data_prep.captions.decompose import make_decomposer
+from data_prep.captions.llm import LLMSplitter
 from data_prep.config import LLMDecomposer
 config = LLMDecomposer(model="tiny", base_url=sys.argv[1], api_key_env="TEST_LLM_KEY", concurrency=4)
-make_decomposer(config, Path(sys.argv[2])).prepare(f"Red patch number {number}" for number in range(60))
+LLMSplitter(config, Path(sys.argv[2])).prepare(f"Red patch number {number}" for number in range(60))
 """
 
 
@@ -233,7 +241,7 @@ def test_killed_in_the_middle_then_resumed(tmp_path: Path) -> None:
         assert 20 - 4 <= num_kept < 60
         assert asked_before.total() - num_kept <= 2 * 4  # answered and in flight at the kill
 
-        decomposer = make_decomposer(config(server.url), ledger_path)
+        decomposer = LLMSplitter(config(server.url), ledger_path)
         decomposer.prepare(captions)
         asked_after = server.num_requests - asked_before
         assert asked_after.total() == 60 - num_kept and set(asked_after.values()) == {1}

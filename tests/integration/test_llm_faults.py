@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from data_prep.captions.asking import AskSummary
-from data_prep.captions.decompose import make_decomposer
 from data_prep.captions.ledger import Answer, Ledger, merge_ledgers
 from data_prep.captions.llm import LLMSplitter
 from data_prep.captions.subcaptions import SubcaptionsTask
@@ -116,7 +115,7 @@ def test_no_answer_of_the_protocol_is_asked_again_in_the_next_run(tmp_path: Path
         settings = config(server.url, max_retries=0)
         summary = LLMSplitter(settings, tmp_path / "l.sqlite").prepare([CAPTION])
         assert (summary.num_unanswered, server.num_requests[CAPTION]) == (1, 1)
-        splitter = make_decomposer(settings, tmp_path / "l.sqlite")
+        splitter = LLMSplitter(settings, tmp_path / "l.sqlite")
         made = splitter.decompose(CAPTION)
         assert made.made_by == "rules" and made.failure is not None
         again = LLMSplitter(settings, tmp_path / "l.sqlite").prepare([CAPTION])
@@ -138,7 +137,7 @@ def test_a_cut_answer_gets_twice_the_room_once(tmp_path: Path) -> None:
 
 def run_decomposition(url: str, ledger_path: Path, num_captions: int) -> None:
     """The body of a process of its own."""
-    make_decomposer(config(url), ledger_path).prepare(numbered(number) for number in range(num_captions))
+    LLMSplitter(config(url), ledger_path).prepare(numbered(number) for number in range(num_captions))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +200,7 @@ def test_sigkill_at_twenty_moments(tmp_path: Path, start: Callable[..., multipro
         assert process.exitcode == 0
         assert answered_keys(ledger_path) == set(keys)
         assert server.num_requests.total() <= len(captions) + 20 * CONCURRENCY
-    decomposer = make_decomposer(config(server.url), ledger_path)
+    decomposer = LLMSplitter(config(server.url), ledger_path)
     assert {decomposer.decompose(caption).made_by for caption in captions} == {"llm"}
 
 
@@ -213,12 +212,12 @@ def test_two_runs_at_once(tmp_path: Path, start: Callable[..., multiprocessing.p
         while server.num_completed.total() < 8:
             time.sleep(0.01)
         with pytest.raises(InputError, match=r"a run that asks with l\.sqlite is running already"):
-            make_decomposer(config(server.url), ledger_path).prepare([numbered(number) for number in range(200)])
+            LLMSplitter(config(server.url), ledger_path).prepare([numbered(number) for number in range(200)])
         process.kill()
         process.join()
-        summary = make_decomposer(config(server.url), ledger_path).prepare([numbered(n) for n in range(20)])
-        assert summary is not None and summary.num_answered + summary.num_already == 20
-    assert make_decomposer(config(server.url), ledger_path).decompose(numbered(3)).made_by == "llm"
+        summary = LLMSplitter(config(server.url), ledger_path).prepare([numbered(n) for n in range(20)])
+        assert summary.num_answered + summary.num_already == 20
+    assert LLMSplitter(config(server.url), ledger_path).decompose(numbered(3)).made_by == "llm"
 
 
 # ---------------------------------------------------------------------------------------------- the disk
@@ -247,13 +246,13 @@ def test_full_disk(small_disk: Path) -> None:
 
     with serve(script) as server:
         with pytest.raises(InputError, match=r"l\.sqlite: the ledger .* full; make space .* \d+ answered") as caught:
-            make_decomposer(config(server.url), ledger_path).prepare(captions)
+            LLMSplitter(config(server.url), ledger_path).prepare(captions)
         assert caught.value.__cause__ is None
         kept, num_asked = answered_keys(ledger_path), server.num_requests.total()
         assert 10 < len(kept) < 300 and num_asked - len(kept) <= CONCURRENCY
         filler.unlink()
         subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
-        decomposer = make_decomposer(config(server.url), ledger_path)
+        decomposer = LLMSplitter(config(server.url), ledger_path)
         decomposer.prepare(captions)
         assert server.num_requests.total() == num_asked + 300 - len(kept)
     assert {decomposer.decompose(caption).made_by for caption in captions} == {"llm"}

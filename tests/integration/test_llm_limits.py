@@ -47,17 +47,17 @@ def script(caption: str) -> list[Reply]:
 
 def test_a_pilot_asks_so_many_and_says_what_is_left(tmp_path: Path) -> None:
     with serve(script) as server:
-        decomposer = make_decomposer(config(server.url), tmp_path / "l.sqlite")
+        decomposer = LLMSplitter(config(server.url), tmp_path / "l.sqlite")
         first = decomposer.prepare([*CAPTIONS, *CAPTIONS], limit=7)
-        assert first is not None and server.num_requests.total() == 7
-        assert (first.num_distinct, first.num_asked, first.num_left, first.stopped_by) == (30, 7, 23, "limit")
+        assert server.num_requests.total() == 7
+        assert (first.num_distinct, first.num_answered, first.num_left, first.stopped_by) == (30, 7, 23, "limit")
         assert "stopped by limit with 23 left" in str(first)
         with pytest.raises(InputError, match="without limit"):
             decomposer.decompose(CAPTIONS[20])
         second = decomposer.prepare(CAPTIONS, limit=7)
-        assert second is not None and (second.num_already, second.num_left) == (7, 16)
+        assert (second.num_already, second.num_left) == (7, 16)
         third = decomposer.prepare(CAPTIONS, limit=16)
-        assert third is not None and (third.num_left, third.stopped_by) == (0, None)
+        assert (third.num_left, third.stopped_by) == (0, None)
         assert set(server.num_requests.values()) == {1} and len(server.num_requests) == 30
     made = decomposer.decompose(CAPTIONS[0])
     date = made.subcaptions[0].origin.rpartition(":")[2]
@@ -66,7 +66,7 @@ def test_a_pilot_asks_so_many_and_says_what_is_left(tmp_path: Path) -> None:
 
 def test_short_captions_and_none_are_not_asked(tmp_path: Path) -> None:
     with serve(script) as server:
-        decomposer = make_decomposer(config(server.url), tmp_path / "l.sqlite")
+        decomposer = LLMSplitter(config(server.url), tmp_path / "l.sqlite")
         decomposer.prepare(
             ["Lichen planus.", "Discoid lupus erythematosus", "  Red   plaque on arm. ", "Red plaque on arm."]
         )
@@ -77,7 +77,6 @@ def test_short_captions_and_none_are_not_asked(tmp_path: Path) -> None:
     ]
     assert (made.made_by, made.failure) == ("rules", None)
     none = make_decomposer(NoDecomposer(), tmp_path / "none.sqlite")
-    none.prepare(CAPTIONS)
     assert (none.name, none.decompose(CAPTIONS[0]).subcaptions) == ("none", ())
     assert not (tmp_path / "none.sqlite").exists()
 
@@ -87,7 +86,7 @@ def test_sub_captions_must_fit_the_context(tmp_path: Path) -> None:
         return len(text.split()) <= 4
 
     with serve(script) as server:
-        decomposer = make_decomposer(config(server.url), tmp_path / "l.sqlite", fits)
+        decomposer = LLMSplitter(config(server.url), tmp_path / "l.sqlite", fits)
         decomposer.prepare(CAPTIONS[:1])
     made = decomposer.decompose(CAPTIONS[0])
     assert [sub.text for sub in made.subcaptions] == ["on the left elbow"]
@@ -150,7 +149,7 @@ def test_no_money_for_a_second_attempt_is_not_a_failure_for_good(tmp_path: Path)
 
 def test_max_usd_needs_a_price(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs a price of model 'tiny'"):
-        make_decomposer(config("http://127.0.0.1:9/v1", max_usd=1.0), tmp_path / "l.sqlite").prepare(CAPTIONS)
+        LLMSplitter(config("http://127.0.0.1:9/v1", max_usd=1.0), tmp_path / "l.sqlite").prepare(CAPTIONS)
 
 
 def test_budget_waits_for_what_is_in_flight() -> None:
@@ -239,6 +238,14 @@ def test_estimate_from_the_ledger(tmp_path: Path) -> None:
     assert (known.num_tokens_in, known.num_tokens_out) == (70, 50)  # 7 and 5 an answer, as the server says
     assert "20 answers" in known.tokens_from and "measured" in known.hours_from and known.usd is None
     assert 130 <= estimate(splitter.task, twice_as_long[:10], splitter.ledger).num_tokens_in <= 160
+    # ten that failed at twice the attempts count as well: (20 x 7 + 10 x 28) / 30 tokens a question, 4/3 calls
+    for number in range(10):
+        num_bytes = len("".join(message["content"] for message in splitter.task.messages(CAPTIONS[0])).encode())
+        failed = Answer("failed", "no", None, 28, 10, 2, "malformed JSON", num_bytes_in=num_bytes)
+        splitter.ledger.put(f"{number:064x}", splitter.task, failed)
+    after = estimate(splitter.task, CAPTIONS, splitter.ledger)
+    assert after.num_tokens_in == pytest.approx(140, abs=2) and after.num_tokens_out == 67
+    assert "30 answers" in after.tokens_from
     key = request_key(splitter.task, splitter.task.identity(CAPTIONS[25]))
     splitter.ledger.put(key, splitter.task, Answer("unanswered", failure="HTTP 500"))
     assert estimate(splitter.task, CAPTIONS, splitter.ledger).num_to_ask == 10

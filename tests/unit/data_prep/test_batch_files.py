@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from data_prep.captions.batch_api import BatchLimits, collect_files, write_batches
-from data_prep.captions.batch_state import BatchState
+from data_prep.captions.asking import ask
+from data_prep.captions.batch_api import BatchLimits, collect_files, run_batches, write_batches
+from data_prep.captions.batch_state import BatchState, pending_questions
+from data_prep.captions.describe import ReportTask, Undescribed
+from data_prep.captions.estimate import estimate
 from data_prep.captions.ledger import Answer, Ledger
+from data_prep.captions.limits import PromptTokens, format_usd
 from data_prep.captions.subcaptions import SubcaptionsTask
 from data_prep.captions.tasks import request_body, request_key
-from data_prep.config import LLMDecomposer, Price
+from data_prep.config import LLMDecomposer, LLMDescriber, Price
 from data_prep.errors import InputError
 
 OPTIONS = LLMDecomposer(model="tiny", base_url="http://127.0.0.1:9/v1", api_key_env="UNSET_KEY")
@@ -63,7 +70,8 @@ def test_requests_are_those_of_calls_and_split_by_number_and_bytes(tmp_path: Pat
     ledger.put(key(CAPTIONS[4]), TASK, Answer("unanswered", failure="HTTP 500"))
     folder = tmp_path / "batches"
     written = write_batches(TASK, CAPTIONS + CAPTIONS[:2], ledger, folder, limits=BatchLimits(max_requests=4))
-    assert (written.num_files, written.num_written, written.num_already, written.num_pending) == (3, 9, 1, 2)
+    assert (written.num_files, written.num_written, written.num_already) == (3, 9, 1)
+    assert (written.num_pending, written.num_repeated) == (0, 2) and "2 repeated" in str(written)
     lines = request_lines(folder)
     assert {name: len(requests) for name, requests in lines.items()} == {
         "requests-000.jsonl": 4, "requests-001.jsonl": 4, "requests-002.jsonl": 1,
@@ -73,7 +81,8 @@ def test_requests_are_those_of_calls_and_split_by_number_and_bytes(tmp_path: Pat
         {"custom_id": key(c), "method": "POST", "url": "/v1/chat/completions", "body": request_body(TASK, c)}
         for c in expected
     ]
-    assert write_batches(TASK, CAPTIONS, ledger, folder).num_written == 0
+    again = write_batches(TASK, CAPTIONS, ledger, folder)
+    assert (again.num_written, again.num_pending, again.num_repeated) == (0, 9, 0)
 
     num_bytes = len(json.dumps(lines["requests-000.jsonl"][0])) + 1
     by_bytes = write_batches(TASK, CAPTIONS, ledger, tmp_path / "b", limits=BatchLimits(max_bytes=2 * num_bytes + 10))
@@ -113,7 +122,10 @@ def test_limit_budget_and_a_folder_of_another_task(tmp_path: Path, ledger: Ledge
     other = SubcaptionsTask(OPTIONS.model_copy(update={"model": "large"}))
     with pytest.raises(InputError, match=r"'tiny'.*give another folder"):
         write_batches(other, CAPTIONS, ledger, tmp_path / "a")
-    with BatchState(tmp_path / "a", TASK), pytest.raises(InputError, match="another process"):
+    with (
+        BatchState(tmp_path / "a", TASK),
+        pytest.raises(InputError, match="a command that works on these batches is running"),
+    ):
         write_batches(TASK, CAPTIONS, ledger, tmp_path / "a")
     with pytest.raises(InputError, match="write them first"):
         collect_files(TASK, CAPTIONS, ledger, tmp_path / "none", [])
@@ -130,7 +142,7 @@ def test_results_of_vllm(tmp_path: Path, ledger: Ledger) -> None:
         vllm_line(CAPTIONS[2], "not JSON"),
         vllm_line(CAPTIONS[3], vllm_line(CAPTIONS[4])),  # the schema of something else
         vllm_line(CAPTIONS[4], choices=[{"finish_reason": "length", "message": {"content": '{"subcap'}}]),
-        vllm_error(CAPTIONS[5], "prompt is too long"),
+        vllm_error(CAPTIONS[5], f"prompt is too long: {CAPTIONS[5]}"),
         vllm_error(CAPTIONS[6], {"error": {"message": "bad image", "type": "BadRequestError", "code": 400}}),
         vllm_line("Never asked about by anybody."),
         '{"custom_id": "cut of',
@@ -148,8 +160,10 @@ def test_results_of_vllm(tmp_path: Path, ledger: Ledger) -> None:
     assert state(CAPTIONS[0]) == state(CAPTIONS[1]) == ("answered", None, 1)
     assert state(CAPTIONS[2]) == ("failed", "malformed JSON", 1)
     assert state(CAPTIONS[4]) == ("failed", "cut off at max_output_tokens", 1)
-    assert state(CAPTIONS[5])[:2] == ("unanswered", "HTTP 400: prompt is too long")
-    assert state(CAPTIONS[6])[:2] == ("unanswered", "HTTP 400: bad image")
+    assert state(CAPTIONS[5])[:2] == state(CAPTIONS[6])[:2] == ("unanswered", "HTTP 400")
+    said = [(ledger.get(key(CAPTIONS[i])) or Answer("failed")).raw for i in (5, 6)]
+    assert said == [f"prompt is too long: {CAPTIONS[5]}", "bad image"]
+    assert CAPTIONS[5] not in str(summary)
     assert state(CAPTIONS[7])[:2] == ("unanswered", "no line in the file of results")
     assert ledger.get(key(CAPTIONS[8])) is None  # of the other file, which is still to be run
     assert set(request_lines(folder)) == {"requests-001.jsonl"}
@@ -159,8 +173,12 @@ def test_results_of_vllm(tmp_path: Path, ledger: Ledger) -> None:
     with results.open("a") as file:
         file.write("\n" + vllm_line(CAPTIONS[7]) + "\n")
     again = collect_files(TASK, CAPTIONS, ledger, folder, [results])
-    assert (again.num_answered, again.num_failed) == (1, 0)
+    assert (again.num_answered, again.num_failed, again.num_unknown) == (1, 0, 1)
+    assert again.num_known == 7 and "7 lines already collected" in str(again)
     assert state(CAPTIONS[2])[2] == 1
+
+    with BatchState(folder, TASK) as opened:
+        assert pending_questions(folder) == opened.num_pending() == 2  # of the other file; it need not be closed
 
     # what failed, was cut off or got no answer is written again, once; with twice the room where it was cut off
     assert write_batches(TASK, CAPTIONS, ledger, folder).num_written == 5
@@ -172,6 +190,10 @@ def test_results_of_vllm(tmp_path: Path, ledger: Ledger) -> None:
     collect_files(TASK, CAPTIONS, ledger, folder, [second])
     assert state(CAPTIONS[2]) == ("failed", "malformed JSON", 2)
     assert (ledger.get(key(CAPTIONS[2])) or Answer("failed")).raw_failures == (("malformed JSON", "not JSON"),)
+    retried = ledger.get(key(CAPTIONS[2]))
+    assert retried is not None and (retried.num_tokens_in, retried.num_tokens_out) == (1200, 80)  # of both attempts
+    assert ledger.paid_tokens(TASK) == (13 * 600, 13 * 40)
+    assert ledger.usage(TASK).max_tokens_in == 600
     assert state(CAPTIONS[3]) == ("answered", None, 2) and state(CAPTIONS[5]) == ("answered", None, 1)
     assert write_batches(TASK, CAPTIONS, ledger, folder).num_written == 0
     assert request_lines(folder) == {}
@@ -189,3 +211,75 @@ def test_answers_whose_items_are_not_given_stay_to_be_had(tmp_path: Path, ledger
     assert request_lines(folder) == {}
     with pytest.raises(InputError, match=r"no\.jsonl: cannot be read"):
         collect_files(TASK, CAPTIONS, ledger, folder, [tmp_path / "no.jsonl"])
+
+
+def test_a_file_of_something_else_is_no_results(tmp_path: Path, ledger: Ledger) -> None:
+    folder, wrong = tmp_path / "batches", tmp_path / "captions.csv"
+    write_batches(TASK, CAPTIONS[:2], ledger, folder)
+    wrong.write_text("image,caption\n1.jpg,Red plaque\n")
+    for path in (wrong, folder / "requests-000.jsonl"):
+        with pytest.raises(InputError, match=f"{path.name}: no line of it is a result"):
+            collect_files(TASK, CAPTIONS, ledger, folder, [path])
+    assert pending_questions(folder) == 2 and ledger.status(key(CAPTIONS[0])) is None
+
+
+def test_pending_questions_of_no_folder_and_of_no_state(tmp_path: Path) -> None:
+    assert pending_questions(tmp_path / "none") == 0 and not (tmp_path / "none").exists()
+    (tmp_path / "batches.sqlite").write_text("not a database, but long enough to be looked at\n" * 40)
+    with pytest.raises(InputError, match=r"batches\.sqlite: cannot be read"):
+        pending_questions(tmp_path)
+
+
+@pytest.mark.parametrize("max_usd", [math.nan, -1.0, 0.0, math.inf])
+def test_money_and_limits_that_are_none(tmp_path: Path, ledger: Ledger, max_usd: float) -> None:
+    priced = SubcaptionsTask(OPTIONS.model_copy(update={"prices": {"tiny": Price(input_usd=1.0, output_usd=1.0)}}))
+    for step in (
+        lambda **how: write_batches(priced, CAPTIONS, ledger, tmp_path / "b", **how),
+        lambda **how: run_batches(priced, lambda: CAPTIONS, ledger, tmp_path / "b", **how),
+        lambda **how: ask(priced, CAPTIONS, ledger, **how),
+    ):
+        with pytest.raises(InputError, match=r"max_usd: .* is no amount to spend"):
+            step(max_usd=max_usd)
+        with pytest.raises(InputError, match=r"limit: .* is no number of questions"):
+            step(limit=-3)
+    assert not (tmp_path / "b").exists()
+
+
+def image_task(**changes: Any) -> ReportTask:
+    values = {"model": "vl", "base_url": "http://127.0.0.1:9/v1", "prices": {"vl": {"input_usd": 1.0, "output_usd": 0}}}
+    return ReportTask(LLMDescriber.model_validate(values | {"batch_discount": 0.0, "image_px": 64} | changes))
+
+
+def images(num: int) -> list[Undescribed]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, format="JPEG")
+    return [Undescribed(f"{number:064x}", buffer.getvalue, "eczema") for number in range(num)]
+
+
+def test_what_an_image_can_take_bounds_the_money_until_answers_tell(tmp_path: Path, ledger: Ledger) -> None:
+    """At a dollar a million tokens, 0.05 dollars are 50,000 tokens: four questions of 9,000 for the image alone."""
+    made, items = image_task(max_usd=0.05), images(60)
+    assert write_batches(made, items, ledger, tmp_path / "first").num_written == 4
+    assert write_batches(image_task(max_usd=0.05, image_tokens=20_000), items, ledger, tmp_path / "o").num_written == 2
+    messages = made.messages(items[0])
+    assert PromptTokens(made, ledger).at_most(messages) > 9000 and PromptTokens(made, ledger).estimated(messages) > 9000
+    assert estimate(made, items, ledger).num_tokens_in > 60 * 9000
+    for number, item in enumerate(items[:20]):  # two attempts each: 6,000 tokens a prompt, once 6,500
+        num_in = 13_000 if number == 7 else 12_000
+        answer = Answer("answered", "{}", None, num_in, 0, num_attempts=2, num_bytes_in=1500)
+        ledger.put(request_key(made, made.identity(item)), made, answer)
+    assert PromptTokens(made, ledger).at_most(messages) == 6500
+    assert PromptTokens(made, ledger).estimated(messages) == 6025
+    assert write_batches(made, items, ledger, tmp_path / "second").num_written == 7
+
+
+def test_money_is_printed_with_the_digits_that_count() -> None:
+    amounts = {
+        0.0: "0.00",
+        0.000123456: "0.0001235",
+        0.05: "0.05000",
+        1.5: "1.500",
+        12.345: "12.35",
+        123456.7: "123456.70",
+    }
+    assert {usd: format_usd(usd) for usd in amounts} == amounts

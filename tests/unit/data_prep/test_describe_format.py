@@ -102,7 +102,7 @@ def test_a_good_report_is_the_caption() -> None:
     [
         ("A pink plaque.", "malformed JSON"),
         ('{"report": ["A pink plaque"]}', "schema violation at report"),
-        ('{"report": "x", "diagnosis": "y"}', "schema violation at diagnosis"),
+        ('{"report": "x", "diagnosis": "y"}', "schema violation at (another key): Extra"),
         ("{}", "schema violation at report"),
         (raw(" ... "), "empty report"),
         (raw("I'm sorry, but I can't help with identifying medical conditions in images."), "a refusal in words"),

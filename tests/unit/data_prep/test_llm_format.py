@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ from data_prep.captions.decompose import Decomposition
 from data_prep.captions.grounding import why_ungrounded
 from data_prep.captions.subcaptions import worth_asking
 from data_prep.captions.tasks import hash_prompt
+from data_prep.config import PrepareConfig, load_config
+from data_prep.errors import InputError
 from data_prep.schema import MAX_SUBCAPTIONS, SUBCAPTION_ASPECTS
 
 CAPTION = "Itchy red papules, 3 to 5 mm, on both forearms for 2 weeks in a 36-year-old woman. No fever or pain."
@@ -90,13 +93,40 @@ def test_ungrounded_is_dropped_with_the_reason(text: str, reason: str) -> None:
         ('{"captions": []}', "schema violation at subcaptions"),
         (raw(("colour", "red papules")), "schema violation at subcaptions.0.aspect"),
         ('{"subcaptions": [{"aspect": "other", "text": 3}]}', "schema violation at subcaptions.0.text"),
-        ('{"subcaptions": [{"aspect": "other", "text": "red papules", "why": "x"}]}', "schema violation"),
+        (
+            '{"subcaptions": [{"aspect": "other", "text": "red papules", "Patient John Smith": "x"}]}',
+            "schema violation at subcaptions.0.(another key): Extra inputs",
+        ),
         (raw(("caption", "red papules")), "all sub-captions dropped"),
     ],
 )
 def test_unusable_answers(answer: str, reason: str) -> None:
     made = parse_answer(answer, CAPTION)
     assert isinstance(made, Unusable) and made.reason.startswith(reason)
+
+
+def test_a_key_of_the_models_own_is_not_named() -> None:
+    made = parse_answer('{"subcaptions": [{"aspect": "other", "text": "red papules", "John Smith": 1}]}', CAPTION)
+    assert isinstance(made, Unusable) and "John" not in made.reason
+
+
+@pytest.mark.parametrize(
+    ("setting", "secret"),
+    [
+        ("api_key_env=sk-1234-abcd", "1234"),
+        ("base_url=https://user:geheim@host/v1", "geheim"),
+        ("base_url=user:geheim@host/v1", "geheim"),
+    ],
+)
+def test_a_key_or_password_in_the_wrong_place_is_refused_and_not_repeated(
+    tmp_path: Path, setting: str, secret: str
+) -> None:
+    path = tmp_path / "prepare.yaml"
+    path.write_text("{name: x, source: {kind: synthetic}, decomposer: {kind: llm, model: m}, out_dir: out}")
+    with pytest.raises(InputError, match=setting.partition("=")[0]) as caught:
+        load_config(path, [f"decomposer.{setting}"], PrepareConfig)
+    assert secret not in str(caught.value)
+    assert load_config(path, ["decomposer.base_url=http://127.0.0.1:8000/v1"], PrepareConfig).decomposer.kind == "llm"
 
 
 def test_what_does_not_fit_the_context_is_dropped_and_origin_is_kept() -> None:
@@ -142,6 +172,36 @@ def test_at_most_eight() -> None:
         ("红色斑块", "左肘可见红色斑块\uff0c无瘙痒。", True),
         ("红色斑块\uff0c瘙痒", "左肘可见红色斑块\uff0c无瘙痒。", False),
         ("UVB治疗", "经UVB治疗三个月", True),
+        ("melanoma on the back", "Ruled out melanoma; benign nevus on the back", False),
+        ("Ruled out melanoma", "Ruled out melanoma; benign nevus on the back", True),
+        ("benign nevus on the back", "Ruled out melanoma; benign nevus on the back", True),
+        ("melanoma", "Melanoma was ruled out by biopsy", False),
+        ("psoriasis", "A biopsy to rule out psoriasis", False),
+        ("nodule on the arm", "A papule, rather than a nodule, is seen on the arm", False),
+        ("papule on the arm", "A papule, rather than a nodule, is seen on the arm", True),
+        ("ulcer on the leg", "A crust instead of an ulcer on the leg", False),
+        ("melanoma", "Biopsy excluded melanoma", False),
+        ("瘙痒及疼痛", "患者否认瘙痒及疼痛\uff0c左肘红斑。", False),
+        ("否认瘙痒", "患者否认瘙痒及疼痛\uff0c左肘红斑。", True),
+        ("左肘红斑", "患者否认瘙痒及疼痛\uff0c左肘红斑。", True),
+        ("恶性黑色素瘤", "活检排除恶性黑色素瘤", False),
+        ("糜烂、渗出", "红斑\uff0c无鳞屑、糜烂、渗出。", False),
+        ("左侧小腿明显渗出", "无明显的脱屑及鳞屑、糜烂、左侧小腿明显渗出", False),
+        ("かゆみあり", "左腕に紅斑あり、かゆみはない。", False),
+        ("かゆみ", "左腕に紅斑あり、かゆみはない。", False),
+        ("左腕に紅斑あり", "左腕に紅斑あり、かゆみはない。", True),
+        ("かゆみなし", "左腕に紅斑あり、かゆみはない。", True),
+        ("かゆみ、痛み", "かゆみ、痛みなし。", False),
+        ("発赤", "発赤は認めず", False),
+        ("紅斑", "痛みのない紅斑", True),
+        ("5 cm plaque on the arm", "A 3 cm plaque on the arm and 5 papules on the leg", False),
+        ("3 cm plaque on the arm", "A 3 cm plaque on the arm and 5 papules on the leg", True),
+        ("5 papules on the leg", "A 3 cm plaque on the arm and 5 papules on the leg", True),
+        ("for 3 days", "3 lesions for days", False),
+        ("3 mm", "papules of 3 to 5 mm", True),
+        ("for 10 days", "lasting 10 consecutive days", True),
+        ("病程3年", "病程3个月\uff0c去年加重", False),
+        ("10% of the body", "10 lesions of the body", False),
     ],
 )
 def test_grounding(text: str, caption: str, grounded: bool) -> None:
