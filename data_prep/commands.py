@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from data_prep.ask import AskOptions
     from data_prep.job import Job
 
 # Each command imports what it needs, so that `dermvlp --help` is quick.
@@ -36,13 +37,12 @@ def add_commands(add: Add) -> None:
     add("estimate", _estimate, "what the models' answers would take: tokens, dollars, hours; asks nothing", "YAML file")
     command = add("ask", _ask, "ask the models for reports and sub-captions, without making shards", "YAML file")
     _add_part(command)
-    command.add_argument("--limit", type=int, help="a pilot: so many new questions at most")
-    command.add_argument("--max-usd", type=float, help="stop before this run costs more")
-    command.add_argument("--retry-failed", action="store_true", help="ask again what was answered unusably")
+    _add_ask_options(command)
     command = add("batch", _batch, "the same questions as OpenAI Batch files, or for vllm run-batch", "YAML file")
     command.add_argument("--action", choices=("write", "submit", "poll", "collect", "run"), default="run")
     command.add_argument("--of", choices=("reports", "subcaptions"), default="subcaptions")
-    command.add_argument("--results", type=Path, help="collect: results of `vllm run-batch` in a local file")
+    command.add_argument("--results", type=Path, nargs="+", default=[], help="collect: files of `vllm run-batch`")
+    _add_ask_options(command)
     command = add("captions", _captions, "judge a caption decomposer on Derm1M's own captions")
     add_report_arguments(command)
 
@@ -51,9 +51,15 @@ def _add_part(command: argparse.ArgumentParser) -> None:
     command.add_argument("--part", default="0/1", help="i/n, from 0: this job's share in a job array")
 
 
+def _add_ask_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--limit", type=int, help="a pilot: so many new questions at most, of each task")
+    command.add_argument("--max-usd", type=float, help="stop before this run costs more, for each task")
+    command.add_argument("--retry-failed", action="store_true", help="ask again what was answered unusably")
+
+
 def _prepare(arguments: argparse.Namespace) -> int:
     from data_prep.config import PrepareConfig, load_config
-    from data_prep.images.scan import Part
+    from data_prep.pool import Part
     from data_prep.prepare import prepare
     from data_prep.summary import print_summary
 
@@ -105,13 +111,32 @@ def _estimate(arguments: argparse.Namespace) -> int:
 def _ask(arguments: argparse.Namespace) -> int:
     from data_prep.ask import ask_now
 
-    return ask_now(_job(arguments), arguments.limit, arguments.max_usd, arguments.retry_failed)
+    job = _job(arguments)
+    _plan_first(job)
+    return ask_now(job, _ask_options(arguments))
 
 
 def _batch(arguments: argparse.Namespace) -> int:
     from data_prep.ask import batch
 
-    return batch(_job(arguments), arguments.action, arguments.of, arguments.results)
+    job = _job(arguments)
+    _plan_first(job)
+    return batch(job, arguments.action, arguments.of, _ask_options(arguments), arguments.results)
+
+
+def _ask_options(arguments: argparse.Namespace) -> AskOptions:
+    from data_prep.ask import AskOptions
+
+    return AskOptions(arguments.limit, arguments.max_usd, arguments.retry_failed)
+
+
+def _plan_first(job: Job) -> None:
+    """Which captions there are to ask about is known when there is a plan."""
+    from data_prep.prepare import prepare
+
+    if job.part.count == 1 and not (job.work_dir / "plan.json").is_file():
+        for stage in ("scan", "plan"):
+            prepare(job.config, stage=stage)
 
 
 def _captions(arguments: argparse.Namespace) -> int:
@@ -122,8 +147,8 @@ def _captions(arguments: argparse.Namespace) -> int:
 
 def _job(arguments: argparse.Namespace) -> Job:
     from data_prep.config import PrepareConfig, load_config
-    from data_prep.images.scan import Part
     from data_prep.job import Job
+    from data_prep.pool import Part
 
     config = load_config(arguments.config, arguments.overrides, PrepareConfig)
     return Job(config, Part.parse(getattr(arguments, "part", "0/1")))

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.errors import InputError
 from data_prep.schema import Frozen
@@ -244,6 +244,8 @@ class Price(Frozen):
 class LLMOptions(Frozen):
     """Any OpenAI-compatible server. The key is read from the environment variable named here, never stored."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # a key written in the wrong place is not repeated
+
     model: str
     base_url: str | None = None  # None: OpenAI's own
     api_key_env: str = "OPENAI_API_KEY"
@@ -255,8 +257,33 @@ class LLMOptions(Frozen):
     max_retries: int = Field(default=4, ge=0)  # the client's, for 429, 5xx and connection errors
     max_attempts: int = Field(default=2, ge=1)  # ours, for answers that cannot be used
     prices: dict[str, Price] = Field(default_factory=dict)  # model -> price, for estimate and max_usd
-    max_usd: float | None = Field(default=None, gt=0)  # stops cleanly before it is exceeded; needs a price of `model`
+    #: Of all that this model is paid for one task in one out_dir, over all runs and parts. Stops cleanly before it is
+    #: exceeded; needs a price of `model`.
+    max_usd: float | None = Field(default=None, gt=0)
     batch_discount: float = Field(default=0.5, ge=0, le=1)  # of the price, in batch mode
+
+    @field_validator("base_url")
+    @classmethod
+    def _no_password(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://[^/?#@\s]+(?:[/?#].*)?", url):
+            raise ValueError(
+                "write it as http://host:port/v1, without user name or password, since it is written to files; "
+                "give the key through api_key_env"
+            )
+        return url
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _variable_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError("not the name of an environment variable (a key itself is never written here)")
+        return name
+
+    def shared_by(self, num_jobs: int) -> Self:
+        """The limits of one of several jobs that ask at once: together they keep to these. Money is shared where it is
+        spent, by what is left of it."""
+        rates = {"requests_per_minute": self.requests_per_minute, "tokens_per_minute": self.tokens_per_minute}
+        return self.model_copy(update={name: rate and max(1, rate // num_jobs) for name, rate in rates.items()})
 
 
 class LLMDecomposer(LLMOptions):
@@ -276,6 +303,9 @@ class LLMDescriber(LLMOptions):
     give_diagnosis: bool = True  # the row's label is told to the model; False: withheld
     image_px: int = Field(default=512, ge=64)  # longer side of what is sent, at most
     detail: Literal["low", "high", "auto"] = "auto"
+    #: The most tokens an image can take at this model: for limits of money and rate until answers tell. gpt-4o-mini
+    #: takes up to about 8,500 at high detail.
+    image_tokens: int = Field(default=9000, ge=1)
 
 
 DecomposerConfig = Annotated[RulesDecomposer | NoDecomposer | LLMDecomposer, Field(discriminator="kind")]
@@ -291,7 +321,9 @@ class Tokenizer(Frozen):
 class ImageOptions(Frozen):
     short_side_px: int = Field(default=224, ge=16)  # larger images are reduced to it; smaller ones are kept
     min_side_px: int = Field(default=32, ge=1)
-    max_pixels: int = Field(default=100_000_000, gt=0)  # a decompression bomb is refused before it is decoded
+    max_pixels: int = Field(
+        default=100_000_000, gt=0, le=178_956_970
+    )  # a decompression bomb is refused before it is decoded
     jpeg_quality: int = Field(default=92, ge=1, le=100)
     #: A valid JPEG that is small enough, upright and in sRGB keeps its compressed data; only metadata is taken out.
     keep_jpegs: bool = True
@@ -314,6 +346,13 @@ class DuplicateOptions(Frozen):
     #: Training rows whose image or group is also in `val`, as published, or in an evaluation set.
     leakage: Literal["drop", "keep", "fail"] = "drop"
     against: tuple[EvaluationSet, ...] = ()
+
+    @field_validator("against")
+    @classmethod
+    def _have_names_of_their_own(cls, against: tuple[EvaluationSet, ...]) -> tuple[EvaluationSet, ...]:
+        if len({each.name for each in against}) < len(against):
+            raise ValueError("two evaluation sets have the same name")
+        return against
 
 
 class PrepareConfig(Frozen):

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from data_prep.config import PrepareConfig
-from data_prep.images.scan import ALL, Part
+from data_prep.config import EvaluationSet, LLMOptions, PrepareConfig
+from data_prep.pool import ALL, Part
 from data_prep.salt import make_salt
 from data_prep.samples import Tools, make_tools
 from data_prep.schema import SCHEMA_VERSION
@@ -38,11 +38,17 @@ class Job:
         return self.config.out_dir / "work"
 
     @property
+    def whole_lock_path(self) -> Path:
+        """Held by every job that is not a part of an array: such jobs never run at once."""
+        return self.work_dir / ".whole.lock"
+
+    @property
     def scan_dir(self) -> Path:
         return self.work_dir / "scan"
 
-    def against_dir(self, name: str) -> Path:
-        return self.work_dir / "against" / name
+    def against_dir(self, evaluation_set: EvaluationSet) -> Path:
+        """Another folder of images under the same name is scanned anew."""
+        return self.work_dir / "against" / f"{evaluation_set.name}-{_digest(str(evaluation_set.path.absolute()))}"
 
     @cached_property
     def salt(self) -> str:
@@ -69,12 +75,21 @@ class Job:
 
     @property
     def asking_tools(self) -> Tools:
-        return make_tools(self.config.model_dump_json(), self.part_ledger_path, self.salt)
+        """With this part's ledger, and its share of the limits: parts ask at once."""
+        config = self.config.model_copy(
+            update={
+                name: options.shared_by(self.part.count)
+                for name, options in (("describer", self.config.describer), ("decomposer", self.config.decomposer))
+                if isinstance(options, LLMOptions)
+            }
+        )
+        return make_tools(config.model_dump_json(), self.part_ledger_path, self.salt)
 
     @property
     def source_settings(self) -> str:
         """Names the configuration of the source; another one is expected to give other rows."""
-        return _digest(self.config.model_dump_json(include={"name", "source", "describer"}), self.salt)
+        described = "described" if self.config.describer is not None else ""
+        return _digest(self.config.model_dump_json(include={"name", "source"}), described, self.salt)
 
     @property
     def plan_settings(self) -> str:
