@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 import stat
 import struct
 import warnings
@@ -49,8 +50,26 @@ _TRANSPOSE = {
 }
 
 
+MISSING = "no such image file"
+#: Of a JPEG whose metadata is taken out before it is opened: in a larger one that takes longer than opening it twice.
+_SMALL_BYTES = 65_536
+#: EXIF and XMP can say how the picture is to be turned, a profile what its colours are.
+_SAYS_MORE = re.compile(rb"Exif\x00|http://ns\.adobe\.com/xap|ICC_PROFILE\x00")
+
+
 class ImageRejected(Exception):  # noqa: N818 - says what became of the image, as Rejection does
-    """This image does not become a sample; the message is the reason, free of the file's name and metadata."""
+    """This image does not become a sample; the message is the reason, free of the file's name and metadata.
+
+    `may_pass`: a fault of the disk or the machine, not of the image; the next scan tries again.
+    """
+
+    def __init__(self, reason: str, *, may_pass: bool = False) -> None:
+        super().__init__(reason)
+        self.may_pass = may_pass
+
+    @property
+    def is_missing(self) -> bool:
+        return str(self) == MISSING
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +107,9 @@ def read_image(reference: ImageReference) -> bytes:
             file.seek(reference.offset or 0)
             data = file.read(num_bytes)
     except FileNotFoundError:
-        raise ImageRejected("no such image file") from None
+        raise ImageRejected(MISSING) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        raise ImageRejected(f"the image file cannot be read ({type(error).__name__})") from None
+        raise ImageRejected(f"the image file cannot be read ({type(error).__name__})", may_pass=True) from None
     if len(data) < num_bytes:
         raise ImageRejected("the file ends within the image")
     return data
@@ -110,8 +129,12 @@ def prepare_image(data: bytes, options: ImageOptions) -> PreparedImage:
         raise ImageRejected("empty file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns below the limit that is checked here, and of odd metadata
+        # of a small JPEG without EXIF, XMP and profile the stripped bytes say all: it need not be opened twice
+        stripped = strip_metadata(data) if options.keep_jpegs and len(data) <= _SMALL_BYTES else None
+        if stripped is not None and not _SAYS_MORE.search(data):
+            data = stripped
         image = _open(data, options)
-        kept = _keep(image, data, options) if options.keep_jpegs else None
+        kept = _keep(image, data, stripped, options) if options.keep_jpegs else None
         return kept if kept is not None else _encode(image, options)
 
 
@@ -138,7 +161,7 @@ def _load(image: Image.Image) -> None:
     try:
         image.load()
     except MemoryError:
-        raise ImageRejected("not enough memory to decode it") from None
+        raise ImageRejected("not enough memory to decode it", may_pass=True) from None
     except Exception:
         raise ImageRejected("truncated or corrupt image data") from None
 
@@ -157,8 +180,9 @@ def _too_many_pixels(options: ImageOptions) -> ImageRejected:
 # ---------------------------------------------------------------------------------------------- kept
 
 
-def _keep(image: Image.Image, data: bytes, options: ImageOptions) -> PreparedImage | None:
-    """None where the pixels must change, or the segments cannot be told apart for sure."""
+def _keep(image: Image.Image, data: bytes, stripped: bytes | None, options: ImageOptions) -> PreparedImage | None:
+    """None where the pixels must change, or the segments cannot be told apart for sure. `stripped`: without metadata,
+    where that was tried before."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     if min(image.size) > options.short_side_px or _orientation(image) != 1:
@@ -166,10 +190,10 @@ def _keep(image: Image.Image, data: bytes, options: ImageOptions) -> PreparedIma
     profile = image.info.get("icc_profile")
     if profile and not _is_srgb(profile, image.mode):
         return None
-    if (jpeg := strip_metadata(data)) is None:
+    if (jpeg := stripped or strip_metadata(data)) is None:
         return None
     # what goes into the shard is what is decoded, so that nothing is kept that does not decode
-    decoded = Image.open(io.BytesIO(jpeg), formats=("JPEG",))
+    decoded = image if jpeg is data else Image.open(io.BytesIO(jpeg), formats=("JPEG",))
     _load(decoded)
     rgb = decoded if decoded.mode == "RGB" else decoded.convert("RGB")
     return _prepared(jpeg, decoded, rgb.tobytes(), reencoded=False)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
@@ -200,6 +199,8 @@ def _compare(
     max_distance: int,
 ) -> Pairs:
     """All pairs of queries (positions in `hashes_N4`) and members (in `others_M4`) at most max_distance apart."""
+    import faiss  # takes long to load, and worker processes load this module
+
     index = faiss.IndexBinaryFlat(NUM_BITS)
     index.add(others_M4[members].view(np.uint8))
     # faiss takes a radius that is not reached any more

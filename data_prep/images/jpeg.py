@@ -26,7 +26,7 @@ def strip_metadata(data: bytes) -> bytes | None:
     Gone are all APP segments (EXIF, XMP, IPTC, colour profiles, thumbnails, second pictures), comments, and what
     follows the end marker. Two APP segments tell the decoder which colour space it has before it. They are written
     anew: JFIF without density and thumbnail, Adobe's with its colour transform alone. The picture is not decoded here,
-    so damage within a scan goes unnoticed.
+    so damage within a scan goes unnoticed, and so do bytes that someone hid between the coded data and the end marker.
     """
     if not data.startswith(b"\xff\xd8"):
         return None

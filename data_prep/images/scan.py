@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,8 +23,8 @@ from data_prep import pool
 from data_prep.config import ImageOptions, PrepareConfig
 from data_prep.errors import InputError
 from data_prep.files import atomic, file_sha256, write_atomically
-from data_prep.images.convert import ImageRejected, PreparedImage, prepare_drawn, prepare_image, read_image
-from data_prep.schema import text_hash
+from data_prep.images.convert import MISSING, ImageRejected, PreparedImage, prepare_drawn, prepare_image, read_image
+from data_prep.salt import hash_name
 from data_prep.sources.base import ImageReference
 from data_prep.sources.synthetic import draw
 
@@ -35,7 +34,7 @@ SCAN_VERSION = 1
 #: What is known of an image; `offset` is in its chunk's file of JPEGs. All zero but `name` where it was rejected.
 FACT_DTYPE = np.dtype(
     [
-        ("name", "<u8"),  # text_hash of ImageReference.name
+        ("name", "<u8"),  # salted hash of ImageReference.name
         ("chunk", "<u4"),
         ("offset", "<u8"),
         ("num_bytes", "<u4"),
@@ -49,36 +48,13 @@ FACT_DTYPE = np.dtype(
 
 
 class ChunkRecord(BaseModel):
-    inputs_digest: str
+    inputs_digest: str  # of the images' names, sizes and times, and the options
+    options_digest: str = ""  # of the options alone: what a plan can check
     num_images: int
     num_bytes: int
     sha256: str  # of the file of JPEGs
     reasons: dict[int, str]  # position in the chunk -> why it was rejected
-
-
-@dataclass(frozen=True)
-class Part:
-    """`index` of `count` jobs that share the work without speaking to each other."""
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Part:
-        """ "3/16": the fourth of sixteen; counted from 0, as SLURM_ARRAY_TASK_ID is."""
-        index, _, count = text.partition("/")
-        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-            raise InputError(f"part {text!r}: write it as i/n with 0 <= i < n, for example 3/16")
-        return cls(int(index), int(count))
-
-    def has(self, number: int) -> bool:
-        return number % self.count == self.index
-
-    def __str__(self) -> str:
-        return f"part {self.index}/{self.count}"
-
-
-ALL = Part()
+    is_final: bool = True  # False: an image could not be read just then, and is tried again by the next scan
 
 
 # ---------------------------------------------------------------------------------------------- chunks
@@ -88,13 +64,21 @@ def scan(
     images: Iterable[ImageReference],
     directory: Path,
     config: PrepareConfig,
-    part: Part,
+    salt: str,
+    wanted: Callable[[int], bool],
     advance: Callable[[int], None],
+    accept_changes: bool = False,
 ) -> None:
-    """Make the part's chunks of these images; `advance` is told how many images are done."""
+    """Make the chunks of these images whose numbers are wanted; `advance` is told how many images are done.
+
+    Raises InputError where images that were read before cannot be found or read now, unless `accept_changes`: a disk
+    that is away must not empty a preparation.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    chunks = (chunk for chunk in _chunks(images, config.images_per_chunk) if part.has(chunk[0]))
-    for num_images in pool.run(partial(_scan_chunk, directory, config.images), chunks, config.num_workers):
+    chunks = (chunk for chunk in _chunks(images, config.images_per_chunk) if wanted(chunk[0]))
+    for num_images in pool.run(
+        partial(_scan_chunk, directory, config.images, salt, accept_changes), chunks, config.num_workers
+    ):
         advance(num_images)
 
 
@@ -105,25 +89,27 @@ def _chunks(images: Iterable[ImageReference], size: int) -> Iterator[tuple[int, 
         number += 1
 
 
-def distinct(images: Iterable[ImageReference]) -> Iterator[ImageReference]:
+def distinct(images: Iterable[ImageReference], salt: str) -> Iterator[ImageReference]:
     """Each image once, where it first appears: an image with five captions is read once."""
     seen: set[int] = set()
     for image in images:
-        if (name := text_hash(image.name)) not in seen:
+        if (name := hash_name(image.name, salt)) not in seen:
             seen.add(name)
             yield image
 
 
-def _scan_chunk(directory: Path, options: ImageOptions, chunk: tuple[int, list[ImageReference]]) -> int:
+def _scan_chunk(
+    directory: Path, options: ImageOptions, salt: str, accept_changes: bool, chunk: tuple[int, list[ImageReference]]
+) -> int:
     """In a worker process. Nothing to do where the chunk was made from the same images before."""
     number, images = chunk
     path = directory / f"chunk-{number:06d}"
     digest = _inputs_digest(images, options)
     if _is_whole(path, digest):
         return len(images)
-    path.with_suffix(".json").unlink(missing_ok=True)
     facts, reasons = np.zeros(len(images), dtype=FACT_DTYPE), {}
-    facts["name"], facts["chunk"] = [text_hash(image.name) for image in images], number
+    facts["name"], facts["chunk"] = [hash_name(image.name, salt) for image in images], number
+    lost: list[int] = []
     found = facts[["offset", "num_bytes", "sha256", "pixels", "perceptual", "reencoded"]]  # a view
     num_bytes, sha256 = 0, hashlib.sha256()
     with atomic(path.with_suffix(".jpegs")) as file:
@@ -132,6 +118,8 @@ def _scan_chunk(directory: Path, options: ImageOptions, chunk: tuple[int, list[I
                 prepared = _prepare(image, options)
             except ImageRejected as problem:
                 facts["rejected"][position], reasons[position] = True, str(problem)
+                if problem.may_pass or problem.is_missing:
+                    lost.append(position)
                 continue
             hashes = (bytes.fromhex(prepared.sha256), prepared.pixel_sha256)
             found[position] = (
@@ -141,13 +129,37 @@ def _scan_chunk(directory: Path, options: ImageOptions, chunk: tuple[int, list[I
             file.write(prepared.jpeg)
             sha256.update(prepared.jpeg)
             num_bytes += len(prepared.jpeg)
+        if not accept_changes:
+            _refuse_losses(path, facts, lost)
+        path.with_suffix(".json").unlink(missing_ok=True)  # from here on the old record describes nothing
     with atomic(path.with_suffix(".npy")) as file:
         np.save(file, facts, allow_pickle=False)
     record = ChunkRecord(
-        inputs_digest=digest, num_images=len(images), num_bytes=num_bytes, sha256=sha256.hexdigest(), reasons=reasons
+        is_final=not any(reasons[position] != MISSING for position in lost),
+        options_digest=_options_digest(options),
+        inputs_digest=digest,
+        num_images=len(images),
+        num_bytes=num_bytes,
+        sha256=sha256.hexdigest(),
+        reasons=reasons,
     )
     write_atomically(path.with_suffix(".json"), record.model_dump_json().encode())
     return len(images)
+
+
+def _refuse_losses(path: Path, facts: NDArray[np.void], lost: list[int]) -> None:
+    try:
+        before: NDArray[np.void] = np.load(path.with_suffix(".npy"), allow_pickle=False)
+    except (FileNotFoundError, ValueError):
+        return
+    if before.dtype != FACT_DTYPE:
+        return
+    read = set(before["name"][~before["rejected"]].tolist())
+    if gone := [position for position in lost if int(facts["name"][position]) in read]:
+        raise InputError(
+            f"{path}: {len(gone)} images that were read before cannot be read now; is their folder away? Bring them "
+            "back, or run with --accept-changes to leave their rows out"
+        )
 
 
 def _prepare(image: ImageReference, options: ImageOptions) -> PreparedImage:
@@ -156,8 +168,12 @@ def _prepare(image: ImageReference, options: ImageOptions) -> PreparedImage:
     return prepare_image(read_image(image), options)
 
 
+def _options_digest(options: ImageOptions) -> str:
+    return hashlib.sha256(f"{SCAN_VERSION} {options.model_dump_json()}".encode()).hexdigest()[:16]
+
+
 def _inputs_digest(images: list[ImageReference], options: ImageOptions) -> str:
-    digest = hashlib.sha256(f"{SCAN_VERSION} {options.model_dump_json()}".encode())
+    digest = hashlib.sha256(_options_digest(options).encode())
     status: dict[Path, str] = {}  # of tars that hold many of them
     for image in images:
         if image.path is not None and image.path not in status:
@@ -184,6 +200,7 @@ def _is_whole(path: Path, inputs_digest: str) -> bool:
     jpegs = path.with_suffix(".jpegs")
     return (
         record is not None
+        and record.is_final
         and record.inputs_digest == inputs_digest
         and path.with_suffix(".npy").is_file()
         and jpegs.is_file()
@@ -194,12 +211,12 @@ def _is_whole(path: Path, inputs_digest: str) -> bool:
 # ---------------------------------------------------------------------------------------------- reading back
 
 
-def load(directory: Path, names: NDArray[np.uint64], images_per_chunk: int) -> tuple[NDArray[np.void], dict[int, str]]:
+def load(directory: Path, names: NDArray[np.uint64], config: PrepareConfig) -> tuple[NDArray[np.void], dict[int, str]]:
     """((N,) FACT_DTYPE, position -> reason of a rejection) of all images, named in order by `names` (N,).
 
-    Raises InputError where a chunk is missing or was made from other images.
+    Raises InputError where a chunk is missing or was made from other images or under other image options.
     """
-    parts, reasons, start = [], dict[int, str](), 0
+    parts, reasons, start, images_per_chunk = [], dict[int, str](), 0, config.images_per_chunk
     num_chunks = -(-len(names) // images_per_chunk)
     for number in range(num_chunks):
         path = directory / f"chunk-{number:06d}"
@@ -211,6 +228,8 @@ def load(directory: Path, names: NDArray[np.uint64], images_per_chunk: int) -> t
         facts: NDArray[np.void] = np.load(path.with_suffix(".npy"), allow_pickle=False)
         if facts.dtype != FACT_DTYPE or not np.array_equal(facts["name"], names[start : start + images_per_chunk]):
             raise InputError(f"{path}: scanned from other images; run the stage scan (all its parts) again")
+        if record.options_digest != _options_digest(config.images):
+            raise InputError(f"{path}: scanned under other options of images; run the stage scan (all its parts) again")
         parts.append(facts)
         reasons |= {start + position: reason for position, reason in record.reasons.items()}
         start += len(facts)
@@ -237,7 +256,10 @@ class JpegReader:
             self._chunk = chunk
         jpeg = os.pread(self._file, int(fact["num_bytes"]), int(fact["offset"]))
         if hashlib.sha256(jpeg).digest() != fact["sha256"].tobytes():
-            raise InputError(f"{path}: damaged; run `dermvlp repair` on the folder of the preparation")
+            raise InputError(
+                f"{path}: not what was planned from: scanned again since (run the stage plan), or damaged (run "
+                "`dermvlp repair` on the folder of the preparation)"
+            )
         return jpeg
 
     def close(self) -> None:
@@ -258,12 +280,18 @@ def read_jpeg(directory: Path, fact: np.void) -> bytes:
         return reader.read(fact)
 
 
-def remove_damaged(directory: Path) -> list[Path]:
-    """Reads every chunk back against its SHA-256 and removes those that differ; they are scanned again."""
-    removed = []
-    for path in sorted(directory.glob("chunk-*.jpegs")):
-        record = _read_record(path)
-        if record is None or file_sha256(path) != record.sha256:
-            path.with_suffix(".json").unlink(missing_ok=True)
-            removed.append(path)
-    return removed
+def is_damaged(directory: Path, number: int) -> bool:
+    """Whether a chunk is missing or its bytes differ from what its record says."""
+    path = directory / f"chunk-{number:06d}.jpegs"
+    record = _read_record(path)
+    return record is None or not path.is_file() or file_sha256(path) != record.sha256
+
+
+def read_facts(directory: Path, number: int) -> NDArray[np.void]:
+    facts: NDArray[np.void] = np.load(directory / f"chunk-{number:06d}.npy", allow_pickle=False)
+    return facts
+
+
+def forget(directory: Path, number: int) -> None:
+    """The chunk is made again by the next scan that wants it."""
+    (directory / f"chunk-{number:06d}.json").unlink(missing_ok=True)

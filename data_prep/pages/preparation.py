@@ -21,7 +21,7 @@ from data_prep.labels.coverage import Coverage, describe_entry
 Counts = Mapping[str, int]
 BySplit = Mapping[str, Counts]  # split -> name -> samples
 
-MAX_MEASURED_TEXTS = 8_000
+MAX_MEASURED_TEXTS = 4_000
 _NUM_BINS = 14  # of a histogram, up to twice the context length; the last holds all beyond
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from data_prep.files import atomic, file_sha256, write_atomically
-from data_prep.salt import hash_group
+from data_prep.salt import hash_group, hash_name
 from data_prep.schema import text_hash
 from data_prep.sources.base import Rejection, Source, SourceRow
 
@@ -40,7 +40,7 @@ _BLOCK = 65_536  # rows that are Python objects at a time
 @dataclass
 class RowTable:
     rows: NDArray[np.void]  # (N,) ROW_DTYPE, without the rejected ones
-    images: NDArray[np.uint64]  # (M,) text_hash of the distinct images' names, in order of appearance
+    images: NDArray[np.uint64]  # (M,) salted hashes of the distinct images' names, in order of appearance
     tables: list[str]
     diagnoses: Counter[str]  # label -> rows; codes are positions
     concepts: Counter[str]
@@ -59,7 +59,7 @@ def read_rows(source: Source, dataset: str, salt: str, advance: Callable[[int], 
         if isinstance(row, Rejection):
             rejected.append(row)
             continue
-        name = text_hash(row.image.name)
+        name = hash_name(row.image.name, salt)
         if row.diagnosis is not None:
             codes.setdefault(row.diagnosis, len(codes))
             diagnoses[row.diagnosis] += 1
@@ -173,16 +173,24 @@ def _fingerprint(path: Path) -> str:
     return file_sha256(path)
 
 
-def iter_survivors(source: Source, fate: NDArray[np.uint8]) -> Iterator[tuple[int, SourceRow]]:
-    """(position in ROW arrays, row) of the rows that the plan keeps. Raises InputError where the source changed."""
+def iter_survivors(
+    source: Source, rows: NDArray[np.void], fate: NDArray[np.uint8], salt: str
+) -> Iterator[tuple[int, SourceRow]]:
+    """(position in ROW arrays, row) of the rows that the plan keeps.
+
+    Raises InputError at the first row that is not what it was when it was planned: captions must not go to the
+    pictures of other rows.
+    """
     position = -1
     for row in source.rows():
         if isinstance(row, Rejection):
             continue
         position += 1
-        if position >= len(fate):
-            break
+        if position >= len(fate) or row_digest(row, salt) != rows["digest"][position]:
+            raise InputError(
+                f"{row.table}: row {row.row} is not what it was when it was planned; run the stage plan again"
+            )
         if fate[position]:
             yield position, row
     if position + 1 != len(fate):
-        raise InputError("the source has other rows than when it was planned; run the stage plan again")
+        raise InputError("the source has fewer rows than when it was planned; run the stage plan again")

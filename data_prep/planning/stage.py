@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,17 @@ from data_prep.images import scan
 from data_prep.job import Job
 from data_prep.labels.coverage import concept_coverage, diagnosis_coverage
 from data_prep.planning.copies import write_copies
-from data_prep.planning.plan import REJECTED, TRAIN, EvaluationImages, Plan, Why, make_plan, names_of
+from data_prep.planning.plan import REJECTED, SPLIT_FATE, TRAIN, EvaluationImages, Plan, Why, make_plan, names_of
 from data_prep.planning.rows import RowTable, SourceState, read_rows
 from data_prep.planning.splits import remember_splits
 from data_prep.progress import Progress
 from data_prep.rejected import write_ledger
-from data_prep.schema import text_hash
+from data_prep.salt import hash_name
 from data_prep.shards.manifest import read_hashes, read_image, read_manifest
 from data_prep.sources.base import ImageReference, Rejection
+from data_prep.sources.folder import IMAGE_EXTENSIONS, walk_images
 
 log = logging.getLogger(__name__)
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 
 
 @dataclass
@@ -43,6 +44,15 @@ class Planned:
     facts: NDArray[np.void]  # (M,) FACT_DTYPE
     fate: NDArray[np.uint8]  # (N,)
     summary: dict[str, Any]  # counts, warnings, coverage
+
+    def positions(self, split: str) -> NDArray[np.int64]:
+        """Of the rows of a split, ascending."""
+        return np.flatnonzero(self.fate == SPLIT_FATE[split])
+
+    def of_shard(self, split: str, number: int, size: int) -> tuple[NDArray[np.void], NDArray[np.void]]:
+        """The rows of a shard of `size` rows, and the facts of their images."""
+        mine = self.positions(split)[number * size : (number + 1) * size]
+        return self.rows[mine], self.facts[self.rows["image"][mine]]
 
 
 def load(job: Job) -> Planned:
@@ -67,8 +77,9 @@ def plan_stage(job: Job, *, accept_changes: bool) -> None:
         table = read_rows(job.source, job.config.name, job.salt, progress.advance)
     if not accept_changes:
         state.check_rows(table, job.source_settings)
-    facts, reasons = scan.load(job.scan_dir, table.images, job.config.images_per_chunk)
-    evaluation_sets = [_evaluation_images(job, each) for each in job.config.duplicates.against]
+    facts, reasons = scan.load(job.scan_dir, table.images, job.config)
+    sets = [_evaluation_images(job, each) for each in job.config.duplicates.against]
+    evaluation_sets = [images for images, _ in sets]
     plan = make_plan(
         table.rows,
         facts,
@@ -78,8 +89,12 @@ def plan_stage(job: Job, *, accept_changes: bool) -> None:
         _read_splits(job.work_dir),
         lambda name: log.info("planning: %s", name),
     )
+    plan.warnings += [warning for _, warning in sets if warning is not None]
     for warning in plan.warnings:
         log.warning("%s: %s", job.config.name, warning)
+    if plan.refusal is not None:
+        write_copies(job, table, facts, plan, evaluation_sets)
+        raise InputError(f"{plan.refusal}; the pairs of images are in {job.out_dir / 'duplicates.html'}")
     _write(job, table, facts, plan, reasons, evaluation_sets)
     state.save(table, job.source_settings)
 
@@ -133,7 +148,7 @@ def _rejections(
             case Why.IMAGE:
                 reason = reasons[detail]
             case Why.SAME_PAIR:
-                reason = f"repeated pair: the image and the caption of {other()}"
+                reason = f"repeated pair: the image and the text of {other()}"
             case Why.COPY:
                 reason = f"copy of an image: that of {other()}"
             case Why.VAL_GROUP:
@@ -147,9 +162,8 @@ def _rejections(
             case Why.KEPT:
                 continue
         row = table.rows[position]
-        yield Rejection(
-            table.tables[row["table"]], int(row["row"]), "(row)" if why == Why.SAME_PAIR else "image", reason
-        )
+        field = {Why.SAME_PAIR: "(row)", Why.VAL_GROUP: "group", Why.EVALUATION_GROUP: "group"}.get(why, "image")
+        yield Rejection(table.tables[row["table"]], int(row["row"]), field, reason)
 
 
 # ---------------------------------------------------------------------------------------------- splits, kept
@@ -173,35 +187,55 @@ def _write_splits(work_dir: Path, rows: NDArray[np.void], facts: NDArray[np.void
 # ---------------------------------------------------------------------------------------------- evaluation sets
 
 
-def evaluation_images(each: EvaluationSet) -> Iterable[ImageReference] | None:
-    """The images to scan; None for a split made by `prepare`, which has its hashes with it."""
+def evaluation_images(each: EvaluationSet) -> tuple[list[ImageReference], int] | None:
+    """The images to scan, and how many files are left aside (no images by their endings, links to folders, ...).
+
+    None for a split made by `prepare`, which has its hashes with it. Raises InputError for a folder without images.
+    """
     if not each.path.is_dir():
         raise InputError(f"duplicates.against: {each.name}: {each.path}: no such folder")
     if (each.path / "manifest.json").is_file():
         return None
-    paths = sorted(path for path in each.path.rglob("*") if path.suffix.lower() in _IMAGE_ENDINGS and path.is_file())
-    if not paths:
-        raise InputError(f"duplicates.against: {each.name}: {each.path}: no image here ({', '.join(_IMAGE_ENDINGS)})")
-    return [ImageReference(path.relative_to(each.path).as_posix(), path) for path in paths]
+    skipped: Counter[str] = Counter()
+    images, num_unusable = [], 0
+    for parts, reason in walk_images(each.path, skipped):
+        if reason is None:
+            images.append(ImageReference("/".join(parts), each.path.joinpath(*parts)))
+        else:
+            num_unusable += 1
+    if not images:
+        endings = ", ".join(sorted(IMAGE_EXTENSIONS))
+        raise InputError(f"duplicates.against: {each.name}: {each.path}: no image here ({endings})")
+    return images, num_unusable + skipped["links to folders"]
 
 
-def _evaluation_images(job: Job, each: EvaluationSet) -> EvaluationImages:
-    images = evaluation_images(each)
-    if images is None:
+def _evaluation_images(job: Job, each: EvaluationSet) -> tuple[EvaluationImages, str | None]:
+    """The set, and a warning where some of it cannot be compared with."""
+    found = evaluation_images(each)
+    if found is None:
         hashes, manifest = read_hashes(each.path), read_manifest(each.path)
         index = np.load(each.path / "index.npy", mmap_mode="r", allow_pickle=False)
 
-        def read_jpeg(image: int) -> bytes:
+        def read_split(image: int) -> bytes:
             return read_image(each.path, manifest, index[image])
 
-    else:
-        names = np.array([text_hash(image.name) for image in images], dtype=np.uint64)
-        hashes, reasons = scan.load(job.against_dir(each.name), names, job.config.images_per_chunk)
-        hashes = hashes[~hashes["rejected"]]
+        return EvaluationImages(each.name, hashes["pixels"], _words(hashes), read_split), None
+    images, num_skipped = found
+    names = np.array([hash_name(image.name, job.salt) for image in images], dtype=np.uint64)
+    facts, reasons = scan.load(job.against_dir(each), names, job.config)
+    facts = facts[~facts["rejected"]]
 
-        def read_jpeg(image: int) -> bytes:
-            return scan.read_jpeg(job.against_dir(each.name), hashes[image])
+    def read_scanned(image: int) -> bytes:
+        return scan.read_jpeg(job.against_dir(each), facts[image])
 
-        if reasons:
-            log.warning("%s: %d images of the evaluation set cannot be read", each.name, len(reasons))
-    return EvaluationImages(each.name, hashes["pixels"], np.ascontiguousarray(hashes["perceptual"]), read_jpeg)
+    warning = None
+    if reasons or num_skipped:
+        warning = (
+            f"evaluation set {each.name}: {len(reasons)} images that cannot be read and {num_skipped} other files or "
+            "links to folders were not compared"
+        )
+    return EvaluationImages(each.name, facts["pixels"], _words(facts), read_scanned), warning
+
+
+def _words(hashes: NDArray[np.void]) -> NDArray[np.uint64]:
+    return np.ascontiguousarray(hashes["perceptual"])

@@ -124,6 +124,7 @@ def verify(directory: Path) -> ShardManifest:
     for name, sha256 in expected.items():
         _check_file(directory / name, sha256)
     index = np.load(directory / "index.npy", allow_pickle=False)
+    keys: set[str] = set()
     for number, shard in enumerate(manifest.shards):
         _check_file(directory / shard.name, shard.sha256)
         rows = index[index["shard"] == number]
@@ -131,7 +132,10 @@ def verify(directory: Path) -> ShardManifest:
             raise InputError(f"{directory / shard.name}: the index has another number of its samples; prepare again")
         with (directory / shard.name).open("rb") as file:
             for row in rows:
-                _check_sample(file, row, directory / shard.name)
+                key = _check_sample(file, row, directory / shard.name)
+                if key in keys:
+                    raise InputError(f"{directory / shard.name}: {key} stands in this split twice; prepare again")
+                keys.add(key)
     return manifest
 
 
@@ -148,7 +152,8 @@ def _check_file(path: Path, sha256: str) -> None:
         )
 
 
-def _check_sample(file: io.BufferedReader, row: np.void, path: Path) -> None:
+def _check_sample(file: io.BufferedReader, row: np.void, path: Path) -> str:
+    """The sample's key."""
     file.seek(int(row["image_offset"]))
     jpeg = file.read(int(row["image_num_bytes"]))
     file.seek(int(row["json_offset"]))
@@ -159,3 +164,4 @@ def _check_sample(file: io.BufferedReader, row: np.void, path: Path) -> None:
     texts = row["text_hash"][: len(sample.captions)].tolist()
     if sample.image_sha256 != hashlib.sha256(jpeg).hexdigest() or texts != [text_hash(c.text) for c in sample.captions]:
         raise InputError(f"{path}: {sample.key}: image or captions are not those of the index; prepare again")
+    return sample.key

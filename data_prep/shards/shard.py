@@ -135,6 +135,8 @@ def _add(file: io.BufferedRandom, sample: Sample, jpeg: bytes) -> tuple[object, 
 #: Time, owner and mode stay constant: equal inputs, equal tar. Name, size and checksum are filled in.
 _TEMPLATE = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)
+#: the sum of its bytes, with the checksum itself as eight spaces, without name and size
+_CHECKSUM_OF_TEMPLATE = sum(_TEMPLATE) - sum(sum(_TEMPLATE[part]) for part in (_NAME, _SIZE, _CHECKSUM)) + 8 * ord(" ")
 
 
 def _header(name: str, num_bytes: int) -> bytes:
@@ -144,8 +146,7 @@ def _header(name: str, num_bytes: int) -> bytes:
     header = bytearray(_TEMPLATE)
     header[_NAME] = name.encode("ascii").ljust(100, b"\0")
     header[_SIZE] = b"%011o\0" % num_bytes
-    header[_CHECKSUM] = b" " * 8
-    header[_CHECKSUM] = b"%06o\0 " % sum(header)
+    header[_CHECKSUM] = b"%06o\0 " % (_CHECKSUM_OF_TEMPLATE + sum(header[_NAME]) + sum(header[_SIZE]))
     return bytes(header)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data_prep import pool
 from data_prep.errors import InputError
+from data_prep.files import remove_stale_partials
 from data_prep.images import scan
 from data_prep.job import Job
 from data_prep.planning.plan import SPLITS
@@ -42,47 +43,46 @@ class Slice:
     facts: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, dtype=scan.FACT_DTYPE))
 
 
-def shard_stage(job: Job, planned: Planned, advance: Callable[[int], None]) -> None:
-    """Make the part's shards. Nothing is done for those that are there and were made from the same inputs."""
+def shard_stage(
+    job: Job, planned: Planned, advance: Callable[[int], None], only: Collection[tuple[str, int]] | None = None
+) -> None:
+    """Make the part's shards (of these, `only` the (split, number) given). Nothing is done for those that are there and
+    were made from the same inputs."""
     for split in SPLITS.values():
         (job.out_dir / split).mkdir(parents=True, exist_ok=True)
     tools = job.tools  # refused here, before worker processes start
     build = partial(_build_shard, job.config.model_dump_json(), job.scan_dir, job.ledger_path, job.salt)
-    for num_rows in pool.run(build, _slices(job, planned, tools.name), job.config.num_workers):
+    for num_rows in pool.run(build, _slices(job, planned, tools.name, only), job.config.num_workers):
         advance(num_rows)
 
 
-def _slices(job: Job, planned: Planned, tools_name: str) -> Iterator[Slice]:
+def _slices(job: Job, planned: Planned, tools_name: str, only: Collection[tuple[str, int]] | None) -> Iterator[Slice]:
     """Consecutive rows of a split, `samples_per_shard` at a time, as they stream by; those of the part alone."""
     size = job.config.samples_per_shard
-    positions = {name: np.flatnonzero(planned.fate == code) for code, name in SPLITS.items()}
-    pending: dict[str, list[SourceRow]] = {name: [] for name in positions}
-    numbers = dict.fromkeys(positions, 0)
+    pending: dict[str, list[SourceRow]] = {name: [] for name in SPLITS.values()}
+    numbers = dict.fromkeys(pending, 0)
 
     def finish(split: str) -> Iterator[Slice]:
         number, rows = numbers[split], pending[split]
         numbers[split], pending[split] = number + 1, []
-        if job.part.has(number):
-            mine = positions[split][number * size : (number + 1) * size]
-            facts = planned.facts[planned.rows["image"][mine]]
-            digest = _rows_digest(job.config_digest, tools_name, job.salt, planned.rows["digest"][mine], facts)
-            yield Slice(split, number, digest, rows, facts)
+        if job.part.has(number) and (only is None or (split, number) in only):
+            planned_rows, facts = planned.of_shard(split, number, size)
+            yield Slice(split, number, _rows_digest(job, tools_name, planned_rows, facts), rows, facts)
 
-    for position, row in iter_survivors(job.source, planned.fate):
+    for position, row in iter_survivors(job.source, planned.rows, planned.fate, job.salt):
         split = SPLITS[int(planned.fate[position])]
         pending[split].append(row)
         if len(pending[split]) == size:
             yield from finish(split)
-    for split in positions:
+    for split in SPLITS.values():
         if pending[split]:
             yield from finish(split)
 
 
-def _rows_digest(
-    config_digest: str, tools_name: str, salt: str, digests: NDArray[np.uint64], facts: NDArray[np.void]
-) -> str:
-    digest = hashlib.sha256(f"{config_digest} {tools_name} {salt} ".encode())
-    digest.update(np.ascontiguousarray(digests).tobytes())
+def _rows_digest(job: Job, tools_name: str, rows: NDArray[np.void], facts: NDArray[np.void]) -> str:
+    digest = hashlib.sha256(f"{job.config_digest} {tools_name} {job.salt} ".encode())
+    for field_name in ("digest", "table", "row"):  # a sample's key holds the row's number
+        digest.update(np.ascontiguousarray(rows[field_name]).tobytes())
     digest.update(np.ascontiguousarray(facts["sha256"]).tobytes())
     return digest.hexdigest()[:32]
 
@@ -124,9 +124,10 @@ def _build_shard(config_json: str, scan_dir: Path, ledger_path: Path, salt: str,
 
 def _answers_digest(tools: Tools, piece: Slice) -> str:
     """Of what the models said: a caption without an answer is asked again in the next run, which may bring one."""
-    if tools.describer is None and tools.config.decomposer.kind != "llm":
+    decomposer = tools.config.decomposer
+    if tools.describer is None and decomposer.kind != "llm":
         return ""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(decomposer.on_failure.encode() if decomposer.kind == "llm" else b"")
     for row, fact in zip(piece.rows, piece.facts, strict=True):
         try:
             caption = whole_caption(row, fact["sha256"].tobytes().hex(), tools)
@@ -147,7 +148,7 @@ def merge_stage(job: Job, planned: Planned) -> tuple[dict[str, ShardManifest], d
 
     Raises InputError where a shard is missing, was made from other rows, or no row became a training sample.
     """
-    records = {name: _records(job, planned, code, name) for code, name in SPLITS.items()}
+    records = check_records(job, planned)
     rejected = chain(
         read_ledger(job.work_dir / "rejected.csv"),
         (Rejection(**entry.model_dump()) for record in chain(*records.values()) for entry in record.rejected),
@@ -156,41 +157,49 @@ def merge_stage(job: Job, planned: Planned) -> tuple[dict[str, ShardManifest], d
     failures = (Rejection(**entry.model_dump()) for record in chain(*records.values()) for entry in record.failures)
     if not write_ledger(job.out_dir / "caption_failures.csv", failures):
         (job.out_dir / "caption_failures.csv").unlink()
-    for path in job.work_dir.rglob("*.partial"):  # left by killed processes
-        path.unlink()
-    manifests = {}
-    for split in SPLITS.values():
-        if (manifest := _finish_split(job, split, records[split], num_rejected)) is not None:
-            manifests[split] = manifest
-    if "train" not in manifests:
+    remove_stale_partials(job.out_dir)
+    if not any(record.info.num_samples for record in records["train"]):  # before anything that stands there goes
         reasons = Counter(entry.reason for entry in read_ledger(job.out_dir / "rejected.csv"))
         raise InputError(
             f"{job.config.name}: no row became a training sample; commonest reasons: {dict(reasons.most_common(3))}; "
             f"all of them are in {job.out_dir / 'rejected.csv'}"
         )
+    manifests = {}
+    for split in SPLITS.values():
+        if (manifest := _finish_split(job, split, records[split], num_rejected)) is not None:
+            manifests[split] = manifest
     return manifests, records
 
 
-def _records(job: Job, planned: Planned, code: int, split: str) -> list[ShardRecord]:
-    size = job.config.samples_per_shard
-    positions = np.flatnonzero(planned.fate == code)
-    records, missing = [], []
-    num_shards = -(-len(positions) // size)
-    for number in range(num_shards):
-        mine = positions[number * size : (number + 1) * size]
-        facts = planned.facts[planned.rows["image"][mine]]
-        digest = _rows_digest(job.config_digest, job.tools.name, job.salt, planned.rows["digest"][mine], facts)
-        record = read_sidecar(job.out_dir / split / f"shard-{number:06d}.tar")
-        if record is None or record.rows_digest != digest:
-            missing.append(number)
-        else:
-            records.append(record)
-    if missing:
-        raise InputError(
-            f"{job.out_dir / split}: {len(missing)} of {num_shards} shards are missing or made from other rows, the "
-            f"first is number {missing[0]}; run the stage shards (all its parts) first"
-        )
+def check_records(job: Job, planned: Planned, but: Collection[tuple[str, int]] = ()) -> dict[str, list[ShardRecord]]:
+    """The sidecars of all shards of the plan, by split; those in `but` (split, number) may be missing.
+
+    Raises InputError where another one is missing, or was made from other rows or under another configuration.
+    """
+    size, tools_name = job.config.samples_per_shard, job.tools.name
+    records: dict[str, list[ShardRecord]] = {}
+    for split in SPLITS.values():
+        records[split], missing = [], []
+        num_shards = -(-len(planned.positions(split)) // size)
+        for number in range(num_shards):
+            digest = _rows_digest(job, tools_name, *planned.of_shard(split, number, size))
+            record = read_sidecar(job.out_dir / split / f"shard-{number:06d}.tar")
+            if record is not None and record.rows_digest == digest and _is_there(job.out_dir / split, record):
+                records[split].append(record)
+            elif (split, number) not in but:
+                missing.append(number)
+        if missing:
+            raise InputError(
+                f"{job.out_dir / split}: {len(missing)} of {num_shards} shards are missing or made from other rows, "
+                f"the first is number {missing[0]}; run the stage shards (all its parts) first"
+            )
     return records
+
+
+def _is_there(directory: Path, record: ShardRecord) -> bool:
+    """By its size; `verify` reads the bytes."""
+    path = directory / record.info.name
+    return record.info.num_samples == 0 or (path.is_file() and path.stat().st_size == record.info.num_bytes)
 
 
 def _finish_split(job: Job, split: str, records: list[ShardRecord], num_rejected: int) -> ShardManifest | None:
@@ -216,11 +225,3 @@ def _finish_split(job: Job, split: str, records: list[ShardRecord], num_rejected
         if path.with_suffix(".tar").name not in written:  # of an earlier preparation, or left by a killed process
             path.unlink()
     return manifest
-
-
-def config_of(out_dir: Path) -> Path:
-    """Where a preparation keeps its resolved configuration."""
-    path = out_dir / "prepare.yaml"
-    if not path.is_file():
-        raise InputError(f"{path}: no preparation here; give the folder that `dermvlp prepare` wrote (its out_dir)")
-    return path

@@ -54,7 +54,7 @@ class FolderRows:
 
     def rows(self) -> Iterator[SourceRow | Rejection]:
         skipped, tally = Counter[str](), Tally(self.table)
-        for row, entry in enumerate(_walk(self.config.image_dir, skipped), start=1):
+        for row, entry in enumerate(walk_images(self.config.image_dir, skipped), start=1):
             yield self._row(row, *entry, tally)
         if skipped and not self._logged:  # the tree is listed several times
             listed = ", ".join(f"{num} {what}" for what, num in sorted(skipped.items()))
@@ -79,7 +79,7 @@ class FolderRows:
         return self.labels.row(row, self.table, image, record, tally, None, "")
 
 
-def _walk(root: Path, skipped: Counter[str]) -> Iterator[tuple[tuple[str, ...], str | None]]:
+def walk_images(root: Path, skipped: Counter[str]) -> Iterator[tuple[tuple[str, ...], str | None]]:
     """(parts of the path below the image folder, reason for rejection or None) of each file, in sorted order."""
     # a stack of our own: a tree can be deeper than Python may recurse
     open_folders: list[tuple[tuple[str, ...], Iterator[os.DirEntry[str]]]] = [((), _listing(root))]

@@ -179,7 +179,7 @@ class Labels:
             return None
         if value not in self.config.split_values:
             raise InputError(
-                f"{table}: row {row}: {self.fields['split']!r} has the value {value!r}; "
-                f"known are {', '.join(self.config.split_values)}: add it to source.split_values as train or val"
+                f"{table}: row {row}: {self.fields['split']!r} has a value other than "
+                f"{', '.join(self.config.split_values)}; add it to source.split_values as train or val"
             )
         return self.config.split_values[value]

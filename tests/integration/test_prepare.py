@@ -17,7 +17,7 @@ from data_prep.prepare import prepare
 from data_prep.schema import Aspect
 from data_prep.shards.manifest import verify
 from pretrain.data.manifest import ShardedDataset
-from tests.integration.tables import contents, plain_rows, samples, table_config, write_image, write_table
+from tests.integration.tables import contents, plain_rows, published, samples, table_config, write_image, write_table
 
 SALT = "a secret of these tests"
 
@@ -157,26 +157,29 @@ def test_group_ids_file_names_and_exif_are_in_no_byte(tmp_path: Path) -> None:
 
 def test_group_hashes_depend_on_the_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(tmp_path, plain_rows(2, patient=lambda i: "P1"))
-    config = table_config(tmp_path, {"group": "patient"})
 
-    def group() -> str:
-        prepare(config)
-        (hashed,) = {sample.group for sample in samples(tmp_path / "out" / "train")}
+    def group(out: str) -> str:
+        prepare(table_config(tmp_path, {"group": "patient"}, out_dir=tmp_path / out))
+        (hashed,) = {sample.group for sample in samples(tmp_path / out / "train")}
         return str(hashed)
 
-    first = group()
-    assert group() == first
+    first = group("out")
+    assert group("out") == first == group("again")
     monkeypatch.setenv("DERMVLP_SALT", "another")
-    assert group() != first
+    before = published(tmp_path / "out")
+    with pytest.raises(InputError, match="out/work: made with another salt; export the DERMVLP_SALT"):
+        group("out")
+    assert published(tmp_path / "out") == before
+    assert group("other") != first
     monkeypatch.delenv("DERMVLP_SALT")
-    own = group()
+    own = group("own")
     assert own not in (first, hashlib.blake2b(b"set/P1", digest_size=8).hexdigest())
-    secret = tmp_path / "out" / "work" / "salt"
+    secret = tmp_path / "own" / "work" / "salt"
     assert secret.stat().st_mode & 0o077 == 0 and len(secret.read_text(encoding="utf-8")) == 32
-    assert group() == own  # made once, kept
+    assert group("own") == own  # made once, kept
     monkeypatch.setenv("DERMVLP_SALT", "")
     with pytest.raises(InputError, match="DERMVLP_SALT: set but empty"):
-        prepare(config)
+        group("own")
 
 
 # ---------------------------------------------------------------------------------------------- splits
@@ -218,8 +221,8 @@ def test_a_group_on_both_sides_of_the_sources_own_split(tmp_path: Path, caplog: 
     columns = {"group": "patient", "split": "part"}
     assert {s: m.num_samples for s, m in prepare(table_config(tmp_path, columns)).items()} == {"train": 2, "val": 3}
     ledger = (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8").splitlines()[1:]
-    assert ledger == ["t.csv,1,image,leakage: its group is also in val"]
-    with pytest.raises(InputError, match="1 training rows are also in what they would be judged on"):
+    assert ledger == ["t.csv,1,group,leakage: its group is also in val"]
+    with pytest.raises(InputError, match=r"1 training rows are also in .*; the pairs of images are in .*duplicates"):
         prepare(table_config(tmp_path, columns, duplicates={"leakage": "fail"}))
     with caplog.at_level(logging.WARNING):
         manifests = prepare(table_config(tmp_path, columns, duplicates={"leakage": "keep"}))

@@ -12,11 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_prep.config import PrepareConfig, dump_yaml
 from data_prep.errors import InputError
-from data_prep.images.scan import Part
+from data_prep.pool import Part
 from data_prep.prepare import prepare
 from data_prep.repair import repair
 from data_prep.shards.manifest import verify
@@ -72,13 +73,13 @@ def test_killed_at_twenty_random_moments_it_ends_in_the_same_bytes(tmp_path: Pat
     for _ in range(20):
         process = start(arguments)
         try:
-            process.wait(timeout=moments.uniform(0.2, 1.0) * whole_s)
+            process.wait(timeout=moments.uniform(0.15, 0.8) * whole_s)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             num_killed += 1
-        if moments.random() < 0.3:  # work is lost for good now and then, or the runs would soon have nothing to do
-            for path in list(out_dir.rglob("shard-*"))[:3] + list(out_dir.rglob("chunk-*.json"))[:2]:
+        if moments.random() < 0.6:  # work is lost for good now and then, or the runs would soon have nothing to do
+            for path in [*out_dir.rglob("shard-*"), *out_dir.rglob("chunk-*.json")][moments.randrange(3) :: 2]:
                 path.unlink(missing_ok=True)
     assert num_killed >= 10
     last = start(arguments)
@@ -202,11 +203,143 @@ def test_repair_makes_again_what_is_damaged_and_nothing_else(tmp_path: Path) -> 
         "shard-000002.tar",
         "shard-000004.tar",
     }
+    assert repair(tmp_path / "out") == []
     with pytest.raises(InputError, match="no preparation here"):
         repair(tmp_path / "img")
 
 
+def test_repair_refuses_before_it_touches_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images gone where they are needed, another salt, a table that changed."""
+    config = config_in(tmp_path, tmp_path / "out")
+    prepare(config)
+    shard = tmp_path / "out" / "train" / "shard-000001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    damaged = published(tmp_path / "out")
+    monkeypatch.setenv("DERMVLP_SALT", "another")
+    with pytest.raises(InputError, match="made with another salt"):
+        repair(tmp_path / "out")
+    monkeypatch.setenv("DERMVLP_SALT", "a secret of these tests")
+    table = (tmp_path / "t.csv").read_text(encoding="utf-8")
+    (tmp_path / "t.csv").write_text(table.replace("Red plaque number 3 ", "Blue plaque "), encoding="utf-8")
+    with pytest.raises(InputError, match="row 4 is not what it was when it was planned"):
+        repair(tmp_path / "out")
+    (tmp_path / "t.csv").write_text(table, encoding="utf-8")
+    assert published(tmp_path / "out") == damaged
+    (tmp_path / "img").rename(tmp_path / "away")
+    (tmp_path / "img").mkdir()
+    assert repair(tmp_path / "out") == [shard]  # from what was scanned
+    assert shard.read_bytes() == whole
+    healthy = published(tmp_path / "out")
+    shard.unlink()
+    for chunk in (tmp_path / "out" / "work" / "scan").glob("*.jpegs"):
+        chunk.write_bytes(b"")
+    with pytest.raises(InputError, match=r"images that were read before cannot be read now; is their folder away\?"):
+        repair(tmp_path / "out")
+    del healthy["train/shard-000001.tar"]
+    assert published(tmp_path / "out") == healthy
+
+
+def test_a_disk_that_is_away_does_not_empty_a_preparation(tmp_path: Path) -> None:
+    config = config_in(tmp_path, tmp_path / "out")
+    prepare(config)
+    before = published(tmp_path / "out")
+    (tmp_path / "img").rename(tmp_path / "away")
+    (tmp_path / "img").mkdir()
+    for stage in (None, "scan"):
+        with pytest.raises(InputError, match="images that were read before cannot be read now; is their folder away"):
+            prepare(config, stage=stage)
+    assert published(tmp_path / "out") == before
+    with pytest.raises(InputError, match="no row became a training sample"):
+        prepare(config, accept_changes=True)
+    assert {n: d for n, d in published(tmp_path / "out").items() if n.startswith("train/")} == {
+        n: d for n, d in before.items() if n.startswith("train/")
+    }
+
+
+def test_an_image_that_could_not_be_read_once_is_tried_again(tmp_path: Path) -> None:
+    """A folder where a file should be gives an error of the disk, as a stale handle does; its time and size stay."""
+    config = config_in(tmp_path, tmp_path / "out")
+    path = tmp_path / "img" / "scan003.png"
+    content, times = path.read_bytes(), path.stat()
+    chunk = tmp_path / "out" / "work" / "scan" / "chunk-000000.json"
+    path.unlink()
+    path.symlink_to(path)  # reading it fails with "too many levels of symbolic links"
+    prepare(config)
+    assert "the image file cannot be read (OSError)" in (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8")
+    assert '"is_final":false' in chunk.read_text(encoding="utf-8")
+    path.unlink()
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    prepare(config, accept_changes=True)
+    assert "cannot be read" not in (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8")
+
+
+def test_a_killed_worker_ends_with_one_message(tmp_path: Path) -> None:
+    process = start(command(config_in(tmp_path, tmp_path / "out", num_rows=400), tmp_path))
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (workers := _workers(process.pid)):
+        time.sleep(0.01)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert "error: a worker process was killed, perhaps for want of memory" in errors
+
+
+def _workers(pid: int) -> list[int]:
+    """The children of the fork server that work in pools: forked from it, with its command line."""
+    found = []
+    for server in psutil.Process(pid).children():
+        found += [child.pid for child in server.children()]
+    return found
+
+
 # ---------------------------------------------------------------------------------------------- tables that change
+
+
+def test_rows_that_changed_places_since_the_plan_get_no_other_rows_captions(tmp_path: Path) -> None:
+    config = config_in(tmp_path, tmp_path / "out")
+    for stage in ("scan", "plan"):
+        prepare(config, stage=stage)
+    header, *lines = (tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "t.csv").write_text("\n".join([header, *reversed(lines)]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"t.csv: row 1 is not what it was when it was planned; run"):
+        prepare(config, stage="shards", accept_changes=True)
+    prepare(config, accept_changes=True)
+    for split in ("train", "val"):
+        for sample in samples(tmp_path / "out" / split):
+            row = len(lines) - int(sample.key.rpartition("-")[2])
+            assert sample.caption in lines[row]
+
+
+def test_rows_that_move_get_their_new_numbers(tmp_path: Path) -> None:
+    """A line that is no row, above the others: nothing changed but the numbers that keys are made of."""
+    config = config_in(tmp_path, tmp_path / "out")
+    prepare(config)
+    header, *lines = (tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "t.csv").write_text("\n".join([header, "", *lines]), encoding="utf-8")
+    prepare(config, accept_changes=True)
+    keys = {sample.caption: sample.key for split in ("train", "val") for sample in samples(tmp_path / "out" / split)}
+    assert keys["Red plaque number 0 on the arm."] == "set-000000002"
+    for split in ("train", "val"):
+        verify(tmp_path / "out" / split)
+
+
+def test_parts_scanned_under_other_options_are_refused(tmp_path: Path) -> None:
+    config = config_in(tmp_path, tmp_path / "out")
+    prepare(config)
+    other = config.model_copy(update={"images": config.images.model_copy(update={"jpeg_quality": 50})})
+    prepare(other, stage="scan", part=Part(0, 2))
+    with pytest.raises(InputError, match="scanned under other options of images; run the stage scan"):
+        prepare(other, stage="plan")
+
+
+def test_what_is_written_is_no_source(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", 0)
+    folder = {"kind": "folder", "image_dir": tmp_path, "levels": [], "caption_template": ["A lesion."]}
+    with pytest.raises(InputError, match=r"out_dir: .*out lies in .*, whose files are read; write elsewhere"):
+        prepare(table_config(tmp_path, source=folder))
 
 
 def test_a_table_that_changed_is_refused_with_what_changed(tmp_path: Path) -> None:
@@ -230,7 +363,8 @@ def test_a_table_that_changed_is_refused_with_what_changed(tmp_path: Path) -> No
     for stage in (None, "scan", "shards", "merge"):
         with pytest.raises(InputError, match=message):
             prepare(config, stage=stage)
-    prepare(config, accept_changes=True)
+    for stage in ("scan", "plan", "shards", "merge"):  # as slurm/prepare.sh passes it on
+        prepare(config, stage=stage, accept_changes=True)
     after = {sample.group: split for split in ("train", "val") for sample in samples(tmp_path / "out" / split)}
     assert len(after) > len(before) and all(after[group] == split for group, split in before.items() if group in after)
     prepare(config)  # what was accepted is what is expected now

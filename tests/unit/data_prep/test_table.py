@@ -278,7 +278,7 @@ def test_render_without_places() -> None:
         (CAPTION, {"extra_columns": {"x": "gone"}}, "no column 'gone'.*extra_columns.x"),
         (CAPTION, {"extra_columns": {"sex": "dx"}}, "'sex' is a field of columns"),
         (CAPTION, {"replace": {"sex": {"m": "male"}}}, "replace: 'sex' has no column"),
-        (CAPTION | {"split": "part"}, {}, "row 2: 'part' has the value 'test'.*source.split_values"),
+        (CAPTION | {"split": "part"}, {}, "row 2: 'part' has a value other than train, val; .*source.split_values"),
     ],
 )
 def test_wrong_configurations(make: Any, columns: dict[str, str], keys: dict[str, Any], message: str) -> None:
