@@ -30,6 +30,12 @@ test: env lint
 test-llm: env
 	$(BIN)/python -m pytest -m llm -s tests/llm
 
+# Preparation as job arrays on a real SLURM of two nodes, started here: Debian or Ubuntu, as root.
+test-slurm: env
+	command -v slurmctld >/dev/null && command -v munged >/dev/null || \
+	  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; }
+	$(BIN)/python -m pytest -m slurm -rs
+
 # What needs minutes: the demo recipes to their promised accuracy (real images need DERMVLP_DATA).
 test-slow: env
 	$(BIN)/python -m pytest -m slow
