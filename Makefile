@@ -33,8 +33,9 @@ test-llm: env
 # Preparation as job arrays on a real SLURM of two nodes, started here: Debian or Ubuntu, as root.
 test-slurm: env
 	command -v slurmctld >/dev/null && command -v munged >/dev/null || \
-	  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; }
-	$(BIN)/python -m pytest -m slurm -rs
+	  { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends slurm-wlm munge; } || \
+	  echo "SLURM cannot be installed here"  # then the tests skip, and say so
+	$(BIN)/python -m pytest -m slurm -rs tests/slurm
 
 # What needs minutes: the demo recipes to their promised accuracy (real images need DERMVLP_DATA).
 test-slow: env
