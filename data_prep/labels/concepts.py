@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +57,6 @@ class Concepts:
         key, singular = name_key(text), _singular(text)
         match = look_up([("exact", key, self._whole), ("synonym", key, self._synonyms)])
         return look_up([("normalised", singular, self._normalised)]) if match == UNMATCHED else match
-
-    def match_all(self, texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """(terms, texts that name none) of one row, each once, in the order given."""
-        found = {text: self.find(text) for text in texts}
-        terms = dict.fromkeys(term for term in found.values() if term is not None)
-        return tuple(terms), tuple(text for text, term in found.items() if term is None)
 
 
 def _hidden_names(term: str) -> list[str]:

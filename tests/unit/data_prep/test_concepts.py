@@ -78,12 +78,6 @@ def test_a_synonym_of_two_terms_is_neither(concepts: Concepts) -> None:
     assert match.candidates == ("brown(hyperpigmentation)", "patch")
 
 
-def test_a_row(concepts: Concepts) -> None:
-    terms, unmatched = concepts.match_all(["blister", "raised", "bulla", "raised", "cyst"])
-    assert terms == ("bulla", "cyst")
-    assert unmatched == ("raised",)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
