@@ -214,7 +214,7 @@ def test_a_requeued_part_goes_on_and_the_chain_waits_for_it(
 
 
 def test_a_stage_that_fails_ends_the_chain(cluster: Cluster, submit_dir: Path, source_dir: Path) -> None:
-    with FileLock(submit_dir / "out" / "work" / ".plan-0-of-1.lock"):  # as of somebody else's preparation
+    with FileLock(submit_dir / "out" / "work" / ".whole.lock"):  # as of somebody else's preparation
         jobs = submit(cluster, submit_dir, source_dir)
         stages = wait_for_all(cluster, jobs)
     outcome = {stage: states(tasks) for stage, tasks in stages.items()}
