@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from data_prep.captions.batch_state import pending_questions
 from data_prep.captions.describe import Undescribed
 from data_prep.captions.ledger import Ledger, merge_ledgers
@@ -62,8 +64,10 @@ class Questions:
 def _undescribed(job: Job, planned: Planned) -> Iterator[Undescribed]:
     """The part's images of surviving rows that have no caption."""
     for position, row in iter_survivors(job.source, planned.rows, planned.fate, job.salt):
-        if row.caption is None and job.part.has(text_hash(row.image.name)):
-            fact = planned.facts[planned.rows["image"][position]]
+        if row.caption is not None:
+            continue
+        fact = planned.facts[planned.rows["image"][position]]
+        if job.part.has(_number(fact)):
             jpeg = partial(scan.read_jpeg, job.scan_dir, fact)
             yield Undescribed(fact["sha256"].tobytes().hex(), jpeg, row.diagnosis)
 
@@ -77,13 +81,18 @@ def _captions(job: Job, planned: Planned, tools: Tools) -> Iterator[str]:
         if text is not None:
             mine = job.part.has(text_hash(text))
         else:
-            mine = job.part.has(text_hash(row.image.name))  # as in `_undescribed`: this part has its report
+            fact = planned.facts[planned.rows["image"][position]]
+            mine = job.part.has(_number(fact))  # as in `_undescribed`: this part has its report
             if mine and tools.describer is not None:
-                fact = planned.facts[planned.rows["image"][position]]
                 report = tools.describer.report(fact["sha256"].tobytes().hex(), row.diagnosis)
                 text = None if isinstance(report, str) else report.text
         if mine and text is not None and worth_asking(text):
             yield text
+
+
+def _number(fact: np.void) -> int:
+    """Equal images are one part's, whatever their names."""
+    return int.from_bytes(fact["sha256"][:8].tobytes(), "little")
 
 
 def questions(job: Job, tools: Tools) -> dict[str, Questions]:
@@ -154,28 +163,44 @@ def stage_captions(job: Job, planned: Planned) -> None:
 
 
 def _seed_ledger(job: Job) -> None:
-    """This job's ledger knows what all others know, as far as they have come."""
+    """This job's ledger knows what was gathered. Raises InputError where a part would ask what others have asked."""
     if job.part.count == 1:
         gather_answers(job)
         return
-    others = [job.ledger_path, *sorted(job.work_dir.glob("answers.part-*.sqlite"))]
-    known = [path for path in others if path.is_file() and path != job.part_ledger_path]
-    if known:
-        merge_ledgers(job.part_ledger_path, known)
+    mates = f"-of-{job.part.count}.sqlite"
+    merged = _merged(job)
+    for path in job.work_dir.glob("answers.part-*.sqlite"):
+        if not path.name.endswith(mates) and merged.get(path.name) != _fingerprint(path):
+            raise InputError(
+                f"{path}: answers of an array of another size, which would be asked for again; run the stage plan "
+                "first, which gathers them"
+            )
+    # of one file that nobody writes now: ledgers of parts at work on other nodes must not be opened
+    if job.ledger_path.is_file():
+        merge_ledgers(job.part_ledger_path, [job.ledger_path])
 
 
 def gather_answers(job: Job) -> None:
     """Answers of job arrays' parts into the one ledger that shards are made from. Parts keep theirs: they may be at
     work."""
-    merged_path = job.work_dir / "answers.merged.json"
     if not (parts := sorted(job.work_dir.glob("answers.part-*.sqlite"))):
         return
     with lock(job.work_dir / ".answers.lock", "another gathering of answers", wait_s=600):
-        merged = json.loads(merged_path.read_text(encoding="utf-8")) if merged_path.is_file() else {}
+        merged = _merged(job)
         now = {part.name: _fingerprint(part) for part in parts}
         if new := [part for part in parts if merged.get(part.name) != now[part.name]]:
             merge_ledgers(job.ledger_path, new)
-            write_atomically(merged_path, json.dumps(now).encode())
+            write_atomically(_merged_path(job), json.dumps(now).encode())
+
+
+def _merged_path(job: Job) -> Path:
+    return job.work_dir / "answers.merged.json"
+
+
+def _merged(job: Job) -> dict[str, list[list[int]]]:
+    """Which ledgers of parts were gathered, and how they were then."""
+    path = _merged_path(job)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _fingerprint(ledger_path: Path) -> list[list[int]]:

@@ -56,6 +56,7 @@ def prepare(
                 case "scan":
                     _scan_stage(job, accept_changes)
                 case "plan":
+                    gather_answers(job)
                     plan_stage(job, accept_changes=accept_changes)
                 case "captions":
                     stage_captions(job, load(job))

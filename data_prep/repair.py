@@ -8,7 +8,7 @@ import numpy as np
 
 from data_prep.config import PrepareConfig, load_config
 from data_prep.errors import InputError
-from data_prep.files import disk_errors, lock
+from data_prep.files import disk_errors, file_sha256, lock
 from data_prep.images import scan
 from data_prep.job import Job
 from data_prep.planning.plan import SPLITS
@@ -35,7 +35,7 @@ def repair(out_dir: Path) -> list[Path]:
         for name in SPLITS.values():
             if len(planned.positions(name)) and out_dir / name not in splits:
                 raise InputError(f"{out_dir / name}: no manifest; finish the preparation with `dermvlp prepare` first")
-        if not damaged:
+        if not damaged and not any(_arrays_differ(directory) for directory in splits):
             return []
         before = {directory: read_manifest(directory).shards for directory in splits}
         places = {_place(path) for path in damaged}
@@ -56,7 +56,7 @@ def repair(out_dir: Path) -> list[Path]:
 def _config_of(out_dir: Path) -> PrepareConfig:
     path = out_dir / "work" / "prepare.yaml"
     if not path.is_file():
-        raise InputError(f"{path}: no preparation here; give the folder that `dermvlp prepare` wrote (its out_dir)")
+        raise InputError(f"{path}: no preparation here: give the out_dir of `dermvlp prepare`, with its work folder")
     return load_config(path, [], PrepareConfig)
 
 
@@ -71,7 +71,9 @@ def _mend_chunks(job: Job, planned: Planned, places: set[Place]) -> None:
         for place in places
         for chunk in np.unique(planned.of_shard(*place, job.config.samples_per_shard)[1]["chunk"]).tolist()
     }
-    damaged = {chunk for chunk in chunks if scan.is_damaged(job.scan_dir, chunk)}
+    damaged = {
+        chunk for chunk in chunks if scan.is_damaged(job.scan_dir, chunk) or not _is_planned(job, planned, chunk)
+    }
     if not damaged:
         return
     for chunk in damaged:
@@ -85,3 +87,18 @@ def _mend_chunks(job: Job, planned: Planned, places: set[Place]) -> None:
                 f"{job.scan_dir}: the images of chunk {chunk} are not what they were (changed, gone, or their folder "
                 "is away); bring them back and run `dermvlp repair` again"
             )
+
+
+def _is_planned(job: Job, planned: Planned, chunk: int) -> bool:
+    try:
+        return np.array_equal(scan.read_facts(job.scan_dir, chunk), planned.facts[planned.facts["chunk"] == chunk])
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _arrays_differ(directory: Path) -> bool:
+    manifest = read_manifest(directory)
+    expected = {"index.npy": manifest.index_sha256, "image_hashes.npy": manifest.hashes_sha256}
+    return any(
+        not (directory / name).is_file() or file_sha256(directory / name) != sha256 for name, sha256 in expected.items()
+    )

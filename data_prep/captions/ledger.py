@@ -207,6 +207,11 @@ _MERGE = (
     f"ON CONFLICT (request_key) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _COLUMNS[1:])} "
     f"WHERE {_RANK.format('excluded')} > {_RANK.format('answers')}"
 )
+_MERGE_PAID = (
+    "UPDATE answers SET paid_in = max(answers.paid_in, p.paid_in), paid_out = max(answers.paid_out, p.paid_out) "
+    "FROM part.answers AS p WHERE p.request_key = answers.request_key "
+    "AND (p.paid_in > answers.paid_in OR p.paid_out > answers.paid_out)"
+)
 
 
 def merge_ledgers(target: Path, parts: Sequence[Path]) -> None:
@@ -227,5 +232,6 @@ def merge_ledgers(target: Path, parts: Sequence[Path]) -> None:
             ledger._execute("ATTACH DATABASE ? AS part", (str(part),))
             try:
                 ledger._execute(_MERGE, ())
+                ledger._execute(_MERGE_PAID, ())
             finally:
                 ledger._execute("DETACH DATABASE part", ())

@@ -258,7 +258,7 @@ class JpegReader:
         if hashlib.sha256(jpeg).digest() != fact["sha256"].tobytes():
             raise InputError(
                 f"{path}: not what was planned from: scanned again since (run the stage plan), or damaged (run "
-                "`dermvlp repair` on the folder of the preparation)"
+                "`dermvlp repair` on the folder of the preparation, or remove this file and prepare again)"
             )
         return jpeg
 

@@ -94,12 +94,13 @@ def make_plan(
     plan.pairs = find_pairs(facts, original, options.max_distance)
     cluster = clusters(len(facts), plan.pairs.first, plan.pairs.second)
     component = _components(rows, cluster)
-    _reject_same_pairs(plan, rows, original)
+    known_train = _known_train(rows, facts, earlier)
+    side = _bound_for(rows, component, known_train)
+    _reject_same_pairs(plan, rows, original, side)
     if options.within == "drop":
-        _reject_copies(plan, rows, cluster)
+        _reject_copies(plan, rows, cluster, side)
     stage("leakage")
     plan.evaluation_pairs = _evaluation_pairs(facts, evaluation_sets, options.max_distance)
-    known_train = _known_train(rows, facts, earlier)
     _leakage(plan, rows, facts, _with_any(component, known_train), evaluation_sets, options)
     stage("splits")
     _split(plan, rows, facts, component, known_train, val_fraction, earlier)
@@ -136,14 +137,16 @@ def find_pairs(facts: NDArray[np.void], original: NDArray[np.int64], max_distanc
     )
 
 
-def _reject_same_pairs(plan: Plan, rows: NDArray[np.void], original: NDArray[np.int64]) -> None:
+def _reject_same_pairs(
+    plan: Plan, rows: NDArray[np.void], original: NDArray[np.int64], side: NDArray[np.uint8]
+) -> None:
     """The same pixels with the same caption (without one, label) are one pair: the first row stays.
 
     A pair that is published in train and again in val is leakage, not repetition: val keeps its own.
     """
     alive = np.flatnonzero(plan.why == Why.KEPT)
     key = np.zeros(len(alive), dtype=[("split", "u1"), ("image", "<i8"), ("caption", "<u8")])
-    key["split"] = rows["split"][alive]
+    key["split"] = side[alive]
     # without a caption the label speaks
     key["caption"] = np.where(rows["caption"] == 0, rows["diagnosis"] + 2, rows["caption"])[alive]
     key["image"] = original[rows["image"][alive]]
@@ -153,13 +156,13 @@ def _reject_same_pairs(plan: Plan, rows: NDArray[np.void], original: NDArray[np.
     plan.why[alive[repeated]], plan.detail[alive[repeated]] = Why.SAME_PAIR, kept[repeated]
 
 
-def _reject_copies(plan: Plan, rows: NDArray[np.void], cluster: NDArray[np.int64]) -> None:
+def _reject_copies(plan: Plan, rows: NDArray[np.void], cluster: NDArray[np.int64], side: NDArray[np.uint8]) -> None:
     """Of each cluster of copies the image that a row names first stays, with all its captions.
 
     Copies on both sides of a published split are leakage, which decides about train and leaves val alone.
     """
     alive, image = np.flatnonzero(plan.why == Why.KEPT), rows["image"]
-    key = cluster[image[alive]] * len(SPLIT_CODES) + rows["split"][alive]
+    key = cluster[image[alive]] * len(SPLIT_CODES) + side[alive]
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
     kept = alive[first[inverse]]
     copies = image[alive] != image[kept]
@@ -202,7 +205,8 @@ def _leakage(
         not_val = alive & (rows["split"] != VAL)
         _reject(plan, leaking & not_val, Why.EVALUATION_IMAGE, number)
         _reject(plan, _with_groups(rows["group"], leaking) & not_val, Why.EVALUATION_GROUP, number)
-    published_val, for_train = alive & (rows["split"] == VAL), alive & bound_for_train & (rows["split"] != VAL)
+    seen = before != Why.IMAGE  # copies and repeated pairs too: they show whose group is in val
+    published_val, for_train = seen & (rows["split"] == VAL), seen & bound_for_train & (rows["split"] != VAL)
     in_train, in_val = np.unique(image[for_train]), np.unique(image[published_val])
     touched, *_ = near_pairs(facts["perceptual"][in_train], options.max_distance, facts["perceptual"][in_val])
     touching = _marked(in_train[touched], len(facts))[image] & for_train
@@ -261,6 +265,18 @@ def _known_train(
         seen = earlier["name"][earlier["split"] == 0]  # what `remember_splits` calls train
         in_train |= np.isin(names_of(rows, facts), seen).any(axis=1) & (rows["split"] == 0)
     return in_train
+
+
+def _bound_for(
+    rows: NDArray[np.void], component: NDArray[np.int64], known_train: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
+    """(N,) the side that a row goes to where that is known before splits are made, else 0."""
+    side: NDArray[np.uint8] = rows["split"].copy()
+    free = side == 0
+    to_train = free & _with_any(component, known_train)
+    side[to_train] = TRAIN
+    side[free & ~to_train & _with_any(component, rows["split"] == VAL)] = VAL
+    return side
 
 
 def _with_any(component: NDArray[np.int64], of: NDArray[np.bool_]) -> NDArray[np.bool_]:

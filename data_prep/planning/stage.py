@@ -20,6 +20,7 @@ from data_prep.config import EvaluationSet
 from data_prep.errors import InputError
 from data_prep.files import atomic, write_atomically
 from data_prep.images import scan
+from data_prep.images.convert import MISSING
 from data_prep.job import Job
 from data_prep.labels.coverage import concept_coverage, diagnosis_coverage
 from data_prep.planning.copies import write_copies
@@ -71,13 +72,19 @@ def load(job: Job) -> Planned:
 
 def plan_stage(job: Job, *, accept_changes: bool) -> None:
     """Raises InputError where images are not scanned yet, the source changed, or there is leakage that must not be."""
-    (job.work_dir / "plan.json").unlink(missing_ok=True)
+    _ = job.tools  # an ontology or a prompt that cannot be used is refused before the old plan goes
     state = SourceState(job.work_dir)
     with Progress("planning", unit="rows") as progress:
         table = read_rows(job.source, job.config.name, job.salt, progress.advance)
     if not accept_changes:
         state.check_rows(table, job.source_settings)
     facts, reasons = scan.load(job.scan_dir, table.images, job.config)
+    lost = _lost_images(job, facts, reasons)
+    if lost and not accept_changes:
+        raise InputError(
+            f"{job.config.name}: {lost} images that were read before cannot be read now; is their folder away? Bring "
+            "them back, or run with --accept-changes to leave their rows out"
+        )
     sets = [_evaluation_images(job, each) for each in job.config.duplicates.against]
     evaluation_sets = [images for images, _ in sets]
     plan = make_plan(
@@ -89,14 +96,28 @@ def plan_stage(job: Job, *, accept_changes: bool) -> None:
         _read_splits(job.work_dir),
         lambda name: log.info("planning: %s", name),
     )
+    if lost:
+        plan.warnings.append(f"{lost} images that were read before cannot be read now: their rows are left out")
     plan.warnings += [warning for _, warning in sets if warning is not None]
     for warning in plan.warnings:
         log.warning("%s: %s", job.config.name, warning)
     if plan.refusal is not None:
         write_copies(job, table, facts, plan, evaluation_sets)
         raise InputError(f"{plan.refusal}; the pairs of images are in {job.out_dir / 'duplicates.html'}")
-    _write(job, table, facts, plan, reasons, evaluation_sets)
+    (job.work_dir / "plan.json").unlink(missing_ok=True)  # until all files are those of one plan
     state.save(table, job.source_settings)
+    _write(job, table, facts, plan, reasons, evaluation_sets)
+
+
+def _lost_images(job: Job, facts: NDArray[np.void], reasons: dict[int, str]) -> int:
+    """How many images the last plan had, and this scan could not find or read, whatever chunks they were in."""
+    try:
+        before = np.load(job.work_dir / "facts.npy", mmap_mode="r", allow_pickle=False)
+    except (FileNotFoundError, ValueError):
+        return 0
+    away = [position for position, reason in reasons.items() if reason == MISSING or "cannot be read" in reason]
+    read_before = before["name"][~before["rejected"]]
+    return int(np.isin(facts["name"][away], read_before).sum())
 
 
 def _write(

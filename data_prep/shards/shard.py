@@ -82,9 +82,6 @@ def write_shard(
     counts: dict[str, Counter[str]] = {
         name: Counter() for name in ("diagnosis", "level", "licence", "source", "origin")
     }
-    # from here on neither the old sidecar nor the old manifest describes what stands in the folder
-    path.with_suffix(".json").unlink(missing_ok=True)
-    path.with_name("manifest.json").unlink(missing_ok=True)
     with atomic(path) as file:
         for sample, jpeg, image_hashes in samples:
             rows.append(_add(file, sample, jpeg))
@@ -93,6 +90,9 @@ def write_shard(
         file.write(bytes(2 * tarfile.BLOCKSIZE))
         file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
         num_bytes = file.tell()
+        # from here on neither the old sidecar nor the old manifest describes what stands in the folder
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.with_name("manifest.json").unlink(missing_ok=True)
     if not rows:
         path.unlink()
     info = ShardInfo(

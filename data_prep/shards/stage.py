@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,8 @@ def shard_stage(
     for split in SPLITS.values():
         (job.out_dir / split).mkdir(parents=True, exist_ok=True)
     tools = job.tools  # refused here, before worker processes start
+    if not len(planned.positions("train")):
+        _no_training_sample(job, read_ledger(job.work_dir / "rejected.csv"))
     build = partial(_build_shard, job.config.model_dump_json(), job.scan_dir, job.ledger_path, job.salt)
     for num_rows in pool.run(build, _slices(job, planned, tools.name, only), job.config.num_workers):
         advance(num_rows)
@@ -149,21 +152,17 @@ def merge_stage(job: Job, planned: Planned) -> tuple[dict[str, ShardManifest], d
     Raises InputError where a shard is missing, was made from other rows, or no row became a training sample.
     """
     records = check_records(job, planned)
-    rejected = chain(
-        read_ledger(job.work_dir / "rejected.csv"),
-        (Rejection(**entry.model_dump()) for record in chain(*records.values()) for entry in record.rejected),
-    )
+    rejected = [
+        *read_ledger(job.work_dir / "rejected.csv"),
+        *(Rejection(**entry.model_dump()) for record in chain(*records.values()) for entry in record.rejected),
+    ]
+    if not any(record.info.num_samples for record in records["train"]):  # before anything that stands there goes
+        _no_training_sample(job, rejected)
     num_rejected = write_ledger(job.out_dir / "rejected.csv", sorted(rejected, key=lambda r: (r.table, r.row)))
     failures = (Rejection(**entry.model_dump()) for record in chain(*records.values()) for entry in record.failures)
     if not write_ledger(job.out_dir / "caption_failures.csv", failures):
         (job.out_dir / "caption_failures.csv").unlink()
     remove_stale_partials(job.out_dir)
-    if not any(record.info.num_samples for record in records["train"]):  # before anything that stands there goes
-        reasons = Counter(entry.reason for entry in read_ledger(job.out_dir / "rejected.csv"))
-        raise InputError(
-            f"{job.config.name}: no row became a training sample; commonest reasons: {dict(reasons.most_common(3))}; "
-            f"all of them are in {job.out_dir / 'rejected.csv'}"
-        )
     manifests = {}
     for split in SPLITS.values():
         if (manifest := _finish_split(job, split, records[split], num_rejected)) is not None:
@@ -194,6 +193,14 @@ def check_records(job: Job, planned: Planned, but: Collection[tuple[str, int]] =
                 f"the first is number {missing[0]}; run the stage shards (all its parts) first"
             )
     return records
+
+
+def _no_training_sample(job: Job, rejected: Iterable[Rejection]) -> NoReturn:
+    reasons = Counter(entry.reason for entry in rejected)
+    raise InputError(
+        f"{job.config.name}: no row became a training sample; commonest reasons: {dict(reasons.most_common(3))}; the "
+        f"rows are in {job.work_dir / 'rejected.csv'}; what an earlier run finished stays as it was"
+    )
 
 
 def _is_there(directory: Path, record: ShardRecord) -> bool:

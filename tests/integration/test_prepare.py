@@ -80,9 +80,9 @@ def test_nothing_usable_is_an_input_error_that_names_the_ledger(tmp_path: Path) 
     write_table(tmp_path, plain_rows(2))
     for name in ("scan000.png", "scan001.png"):
         (tmp_path / "img" / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"no row became a training sample; .*'empty file': 2.*out/rejected.csv"):
+    with pytest.raises(InputError, match=r"no row became a training sample; .*'empty file': 2.*work/rejected.csv"):
         prepare(table_config(tmp_path))
-    assert (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8").count("empty file") == 2
+    assert (tmp_path / "out" / "work" / "rejected.csv").read_text(encoding="utf-8").count("empty file") == 2
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
 
 

@@ -230,6 +230,9 @@ def test_repair_refuses_before_it_touches_anything(tmp_path: Path, monkeypatch: 
     (tmp_path / "img").mkdir()
     assert repair(tmp_path / "out") == [shard]  # from what was scanned
     assert shard.read_bytes() == whole
+    (tmp_path / "out" / "train" / "index.npy").write_bytes(b"")
+    assert repair(tmp_path / "out") == []
+    verify(tmp_path / "out" / "train")
     healthy = published(tmp_path / "out")
     shard.unlink()
     for chunk in (tmp_path / "out" / "work" / "scan").glob("*.jpegs"):

@@ -217,6 +217,25 @@ def test_no_pair_leaks_where_some_rows_have_a_published_split_and_pairs_repeat(s
     assert (after.fate[free_train] != VAL).all()
 
 
+def test_the_group_of_a_rejected_row_is_known_to_be_in_val() -> None:
+    facts = facts_of([far(0), far(0), far(2), far(3)], pixels=[0, 0, 2, 3])
+    # row 1 repeats row 0's pair and shows that patient 22 is in val
+    rows: list[Row] = [(0, 5, 21, 0, VAL), (1, 5, 22, 0, VAL), (2, 6, 22, 0, TRAIN), (3, 7, 23, 0, TRAIN)]
+    made = plan(rows, facts)
+    assert made.fate.tolist() == [VAL, REJECTED, REJECTED, TRAIN]
+    assert [Why(why) for why in made.why[1:3]] == [Why.SAME_PAIR, Why.VAL_GROUP]
+    # a copy of val's picture in train shows that patient 31 is in val
+    rows = [(0, 5, 0, 0, VAL), (1, 6, 31, 0, TRAIN), (2, 7, 31, 0, TRAIN), (3, 8, 32, 0, TRAIN)]
+    assert plan(rows, facts).fate.tolist() == [VAL, REJECTED, REJECTED, TRAIN]
+
+
+def test_a_free_row_repeats_the_published_pair_beside_it() -> None:
+    facts = facts_of([far(0), far(0), far(2)], pixels=[0, 0, 2])
+    rows: list[Row] = [(0, 5, 0, 0, TRAIN), (1, 5, 0, 0, 0), (2, 6, 0, 0, TRAIN)]
+    made = plan(rows, facts)
+    assert made.fate.tolist() == [TRAIN, REJECTED, TRAIN] and Why(made.why[1]) == Why.SAME_PAIR
+
+
 def test_a_rejected_row_links_its_patient_to_the_others() -> None:
     """Row 1 repeats row 0's pair for another patient, whose other picture is row 2: all belong together."""
     for number in range(30):

@@ -164,7 +164,7 @@ def test_equal_inputs_give_equal_bytes(split_dir: Path, tmp_path: Path) -> None:
 
 
 def test_while_a_shard_is_rewritten_nothing_vouches_for_the_folder(tmp_path: Path) -> None:
-    """Killed at any moment, the folder is without a manifest, and the old sidecar cannot vouch for the new tar."""
+    """What fails while samples are taken leaves the old shard as it was; the manifest goes before the tar changes."""
     write_split(tmp_path, (2,))
     seen: list[set[str]] = []
 
@@ -175,9 +175,19 @@ def test_while_a_shard_is_rewritten_nothing_vouches_for_the_folder(tmp_path: Pat
 
     write_shard(tmp_path / "shard-000000.tar", pairs(), inputs_digest="other inputs")
     for names in seen:
-        assert "manifest.json" not in names and "shard-000000.json" not in names
-        assert "shard-000000.tar" in names  # the old one stays until the new one is whole
+        assert {"manifest.json", "shard-000000.json", "shard-000000.tar"} <= names
         assert any(name.endswith(".partial") for name in names)
+    assert not (tmp_path / "manifest.json").exists()
+
+    def failing() -> Iterator[Pair]:
+        yield make_pair(0)
+        raise OSError("no space")
+
+    write_split(tmp_path, (2,))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OSError, match="no space"):
+        write_shard(tmp_path / "shard-000000.tar", failing(), inputs_digest="other inputs")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # ---------------------------------------------------------------------------------------------- what is damaged
