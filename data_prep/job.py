@@ -3,8 +3,7 @@
 OUT/train, OUT/val      shards, index, manifest: what training reads, and what may be published
 OUT/rejected.csv        every row that did not become a sample, with its reason
 OUT/report.html         counts, token lengths, coverage; OUT/duplicates.html: copies side by side
-OUT/work                scanned images, plan, answers of models, salt: not to be published; may be removed when
-                        all is done, at the price of a new scan when something is to be repaired
+OUT/work                scanned images, plan, answers of models, salt: to be kept, and not to be published
 """
 
 from __future__ import annotations
