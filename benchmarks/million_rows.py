@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.images.scan import FACT_DTYPE, ChunkRecord
-from data_prep.schema import text_hash
+from data_prep.config import PrepareConfig, load_config
+from data_prep.images.scan import FACT_DTYPE, ChunkRecord, options_digest
+from data_prep.salt import hash_name
 
 _DERMVLP = "import sys; from pretrain.cli import main; sys.exit(main(sys.argv[1:]))"
 _DIAGNOSES = 300
@@ -62,12 +63,13 @@ def write_config(path: Path, out_dir: Path, table: Path, image_dir: Path) -> Non
     )
 
 
-def write_facts(scan_dir: Path, names: list[str]) -> None:
+def write_facts(scan_dir: Path, names: list[str], config_path: Path, salt: str) -> None:
     """What a scan would have left: random hashes, with exact and near copies planted."""
     scan_dir.mkdir(parents=True)
+    digest = options_digest(load_config(config_path, [], PrepareConfig).images)
     random = np.random.default_rng(1)
     facts = np.zeros(len(names), dtype=FACT_DTYPE)
-    facts["name"] = [text_hash(name) for name in names]
+    facts["name"] = [hash_name(name, salt) for name in names]
     facts["chunk"] = np.arange(len(names)) // _IMAGES_A_CHUNK
     facts["pixels"] = random.integers(0, 256, (len(names), 32), dtype=np.uint8)
     facts["perceptual"] = random.integers(0, 2**64, (len(names), 4), dtype=np.uint64)
@@ -88,7 +90,9 @@ def write_facts(scan_dir: Path, names: list[str]) -> None:
         (scan_dir / f"chunk-{chunk:06d}.jpegs").write_bytes(buffer.getvalue())
         part = facts[chunk * _IMAGES_A_CHUNK : (chunk + 1) * _IMAGES_A_CHUNK]
         np.save(scan_dir / f"chunk-{chunk:06d}.npy", part, allow_pickle=False)
-        record = ChunkRecord(inputs_digest="", num_images=len(part), num_bytes=0, sha256="", reasons={})
+        record = ChunkRecord(
+            inputs_digest="", options_digest=digest, num_images=len(part), num_bytes=0, sha256="", reasons={}
+        )
         (scan_dir / f"chunk-{chunk:06d}.json").write_text(record.model_dump_json(), encoding="utf-8")
 
 
@@ -124,7 +128,7 @@ def main() -> None:
         root = Path(folder)
         names = write_table(root / "plan.csv", arguments.rows, arguments.rows)
         write_config(root / "plan.yaml", root / "plan", root / "plan.csv", root)
-        write_facts(root / "plan" / "work" / "scan", names)
+        write_facts(root / "plan" / "work" / "scan", names, root / "plan.yaml", os.environ["DERMVLP_SALT"])
         seconds, peak_gb = run("prepare", str(root / "plan.yaml"), "--stage", "plan")
         counts = json.loads((root / "plan" / "work" / "plan.json").read_text(encoding="utf-8"))["counts"]
         print(f"{'plan of simulated images':30}{seconds / 60:8.2f} min {peak_gb:8.2f} GB")

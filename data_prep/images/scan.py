@@ -136,7 +136,7 @@ def _scan_chunk(
         np.save(file, facts, allow_pickle=False)
     record = ChunkRecord(
         is_final=not any(reasons[position] != MISSING for position in lost),
-        options_digest=_options_digest(options),
+        options_digest=options_digest(options),
         inputs_digest=digest,
         num_images=len(images),
         num_bytes=num_bytes,
@@ -168,12 +168,13 @@ def _prepare(image: ImageReference, options: ImageOptions) -> PreparedImage:
     return prepare_image(read_image(image), options)
 
 
-def _options_digest(options: ImageOptions) -> str:
+def options_digest(options: ImageOptions) -> str:
+    """Names the image options and the version of this code: chunks of another digest are of no use to a plan."""
     return hashlib.sha256(f"{SCAN_VERSION} {options.model_dump_json()}".encode()).hexdigest()[:16]
 
 
 def _inputs_digest(images: list[ImageReference], options: ImageOptions) -> str:
-    digest = hashlib.sha256(_options_digest(options).encode())
+    digest = hashlib.sha256(options_digest(options).encode())
     status: dict[Path, str] = {}  # of tars that hold many of them
     for image in images:
         if image.path is not None and image.path not in status:
@@ -228,7 +229,7 @@ def load(directory: Path, names: NDArray[np.uint64], config: PrepareConfig) -> t
         facts: NDArray[np.void] = np.load(path.with_suffix(".npy"), allow_pickle=False)
         if facts.dtype != FACT_DTYPE or not np.array_equal(facts["name"], names[start : start + images_per_chunk]):
             raise InputError(f"{path}: scanned from other images; run the stage scan (all its parts) again")
-        if record.options_digest != _options_digest(config.images):
+        if record.options_digest != options_digest(config.images):
             raise InputError(f"{path}: scanned under other options of images; run the stage scan (all its parts) again")
         parts.append(facts)
         reasons |= {start + position: reason for position, reason in record.reasons.items()}
