@@ -2,7 +2,7 @@
 
     image rejected? -> same pair twice? -> copies inside -> leakage (published val, evaluation sets) -> splits
 
-All of it works on arrays: a million rows of as many images took three minutes and 0.5 GB. Nothing is
+All of it works on arrays: a million rows of as many images took half a minute and 0.6 GB. Nothing is
 dropped without a `Why`.
 """
 
