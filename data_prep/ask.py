@@ -149,9 +149,8 @@ def _money_left(job: Job, task: Task[Any], ledger: Ledger, max_usd: float | None
     return max(1e-12, left if max_usd is None else min(left, max_usd))
 
 
-def stage_captions(job: Job, planned: Planned) -> None:
+def stage_captions(job: Job) -> None:
     """The stage `captions`. Raises InputError where it stopped before all was asked."""
-    del planned  # that there is one is what matters here
     if job.config.describer is None and job.config.decomposer.kind != "llm":
         return
     for summary in ask_all(job, AskOptions()):

@@ -59,7 +59,7 @@ def prepare(
                     gather_answers(job)
                     plan_stage(job, accept_changes=accept_changes)
                 case "captions":
-                    stage_captions(job, load(job))
+                    stage_captions(job)
                 case "shards":
                     gather_answers(job)
                     with Progress("writing shards", unit="rows") as progress:
