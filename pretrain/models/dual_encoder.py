@@ -2,7 +2,7 @@
 
 Everything that carries a gradient happens in its one `forward`, as DeepSpeed's engine wants it.
 
-Shapes: B images, P patches, D joint embedding width, U_r texts of this rank, W tower width.
+Shapes: B images, P patches, D joint embedding width, R texts of this rank, W tower width, T teacher width.
 """
 
 from __future__ import annotations
@@ -17,113 +17,151 @@ from open_clip.model import CustomTextCLIP
 from torch import Tensor
 
 from data_prep.errors import InputError
-from pretrain.config import FrozenTeacher, MaskedLatentObjective, ModelConfig
-from pretrain.data.batch import Batch, PackedTexts
+from pretrain.config import ModelConfig
+from pretrain.data.batch import PackedTexts
+from pretrain.models.image_towers import expose_tokens
+from pretrain.models.layers import freeze_layers, freeze_tower
 from pretrain.models.masked import LatentPredictor
-from pretrain.models.towers import TokenVisionTransformer, allow_trimmed, expose_tokens
+from pretrain.models.open_clip_config import OpenClipConfig
+from pretrain.models.text_towers import allow_trimmed
+from pretrain.models.weights import WeightReport
 
 
 @dataclass
 class Encoded:
-    """What one forward gives. Unit vectors, in the towers' precision."""
+    """What one forward gives: tensors, None for what it was not asked. Unit vectors, in the towers' precision."""
 
-    image_BD: Tensor
-    patch_BPD: Tensor | None  # only where a term needs patches
-    text_RD: Tensor  # this rank's texts, in the order of the plan
+    image_BD: Any
+    patch_BPD: Any  # where a term needs patches; of the masked view, the visible ones
+    text_RD: Any  # in the order of the plan
     logit_scale: Tensor  # exp of the parameter, shape (1,)
-    seen_BTW: Tensor | None  # masked latent: class token and visible patches, in the teacher's width
-    predicted_BMW: Tensor | None
+    logit_bias: Any  # shape (1,)
+    seen_BTW: Any  # frozen teacher: class token and visible patches, in the teacher's width
+    predicted_BMW: Any  # masked patches
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the objectives ask of the module."""
+
+    contrastive: bool = True  # image and text features
+    patches: bool = False  # patch features in the joint space
+    share_view: bool = False  # contrastive features from the masked student's pass
 
 
 class DualEncoder(nn.Module):
-    def __init__(self, clip: CustomTextCLIP, config: ModelConfig, embed_dim: int, needs_patches: bool) -> None:
+    def __init__(self, clip: CustomTextCLIP, config: ModelConfig, needs: Needs) -> None:
         super().__init__()
         self.visual: Any = expose_tokens(clip.visual)
         self.text: Any = allow_trimmed(clip.text)
         self.logit_scale = clip.logit_scale
+        self.logit_bias = clip.logit_bias
+        self.spec: OpenClipConfig = clip.spec  # what was built, in open_clip's terms
+        self.weight_reports: list[WeightReport] = clip.weight_reports
+        self.needs = needs
         self.predictor: LatentPredictor | None = None
         self.patch_projection: nn.Module | None = None
-        if needs_patches:
+        if needs.patches:
             linear = self.visual.has_linear_pooling
-            width = self.visual.token_width
+            width, embed_dim = self.visual.token_width, int(self.spec.model_cfg["embed_dim"])
             self.patch_projection = nn.Identity() if linear else nn.Linear(width, embed_dim, bias=False)
-        self._frozen: list[nn.Module] = []
+        self._in_eval: list[nn.Module] = []
         self._freeze(config)
+
+    def _freeze(self, config: ModelConfig) -> None:
+        """Frozen parts need no gradient; a wholly frozen tower stays in eval mode, without dropout."""
+        for tower, settings in ((self.visual, config.image), (self.text, config.text)):
+            freeze_layers(tower, settings.freeze_layers)
+            if settings.frozen:
+                freeze_tower(tower)
+                self._in_eval.append(tower)
+        if not self.needs.contrastive:  # without a gradient weight decay alone would move these
+            self.text.requires_grad_(False)
+            self.logit_scale.requires_grad_(False)
+            head = getattr(self.visual, "proj", None)
+            head = getattr(self.visual, "head", None) if head is None else head
+            if head is not None:
+                head.requires_grad_(False)
+        if config.freeze_batch_norm:
+            self._in_eval += [m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        super().train(mode)
+        for module in self._in_eval:
+            module.eval()
+        return self
 
     def check_batch_norm(self, world_size: int) -> None:
         """Raises InputError where batch statistics would differ between ranks."""
-        learns = [m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if world_size > 1 and any(module not in self._frozen for module in learns) and self.visual not in self._frozen:
+        if self.visual in self._in_eval:
+            return
+        norms = [m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if world_size > 1 and any(module not in self._in_eval for module in norms):
             raise InputError(
                 "model.freeze_batch_norm: false on more than one rank: each would use its own batch's statistics"
             )
 
     def require_droppable_patches(self) -> None:
         """Raises InputError for a tower that cannot encode a part of its patches."""
-        if not isinstance(self.visual, TokenVisionTransformer):
+        if not self.visual.can_drop_patches:
+            trunk = getattr(self.visual, "trunk", self.visual)
             raise InputError(
-                f"objectives.masked_latent: the image tower {type(self.visual).__name__} cannot drop patches (a "
-                "convolution needs the whole image); use one of open_clip's ViTs or leave the term out"
+                f"objectives.masked_latent: the image tower {type(trunk).__name__} cannot drop patches (a "
+                "convolution needs the whole image); use a ViT or leave the term out"
             )
 
-    def add_predictor(self, objective: MaskedLatentObjective, teacher_width: int) -> None:
-        self.predictor = LatentPredictor(
-            self.visual.token_width,
-            teacher_width,
-            tuple(self.visual.grid_size),
-            objective.predictor_width,
-            objective.predictor_depth,
-            objective.predictor_heads,
-            predicts_seen=isinstance(objective.teacher, FrozenTeacher),
-        )
-
-    def _freeze(self, config: ModelConfig) -> None:
-        """Frozen parts need no gradient and stay in eval mode: no dropout, no running statistics."""
-        if config.freeze_image:
-            self.visual.requires_grad_(False)
-            self._frozen.append(self.visual)
-        if config.freeze_text:
-            self.text.requires_grad_(False)
-            projection = getattr(self.text, "proj", None)
-            projection = getattr(self.text, "text_projection", None) if projection is None else projection
-            if isinstance(projection, nn.Module | nn.Parameter):
-                projection.requires_grad_(True)
-            self._frozen.append(self.text)
-        if config.freeze_batch_norm:
-            self._frozen += [m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-    def train(self, mode: bool = True) -> DualEncoder:
-        super().train(mode)
-        for module in self._frozen:
-            module.eval()
-        return self
-
-    def encode_image(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode_image(self, image_BCHW: Tensor, visible_BV: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Normalised pixels to (image_BD, patch_BPD or None), unit vectors."""
-        image_BD, patch = self.visual(image_BCHW)
-        patch_BPD = None if self.patch_projection is None else F.normalize(self.patch_projection(patch), dim=-1)
-        return F.normalize(image_BD, dim=-1), patch_BPD
+        out = self.visual(image_BCHW, visible_BV, patches=self.needs.patches)
+        return F.normalize(out.image_BD, dim=-1), self._project_patches(out.patch_BPX)
+
+    def _project_patches(self, patch_BPX: Tensor | None) -> Tensor | None:
+        if patch_BPX is None or self.patch_projection is None:
+            return None
+        return F.normalize(self.patch_projection(patch_BPX), dim=-1)
 
     def encode_texts(self, packed: PackedTexts) -> Tensor:
-        """(U_r, D) unit vectors: one forward a bucket, then the plan's order."""
+        """(R, D) unit vectors: one forward a bucket, then the plan's order."""
         features = torch.cat([self.text(tokens) for tokens in packed.bucket_tokens])
         return F.normalize(features[packed.order_R], dim=-1)
 
-    def forward(self, image_BCHW: Tensor, batch: Batch) -> dict[str, Any]:
-        """Normalised pixels and the batch's texts and masks to the fields of `Encoded`.
+    def forward(
+        self,
+        image_BCHW: Tensor | None,
+        packed: PackedTexts | None,
+        visible_BV: Tensor | None = None,
+        masked_BM: Tensor | None = None,
+        predict: bool = True,
+    ) -> dict[str, Any]:
+        """Normalised pixels, texts and masks to the fields of `Encoded`; None leaves a part out.
 
-        A dictionary, because ZeRO-3's hooks walk dictionaries and not dataclasses.
+        A dictionary, because ZeRO-3's hooks walk dictionaries and not dataclasses. `predict=False` leaves the
+        masked-latent parts out (a first pass that only caches features).
         """
-        image_BD, patch_BPD = self.encode_image(image_BCHW)
-        seen_BTW = predicted_BMW = None
-        if self.predictor is not None:
-            latent_BVW = self.visual(image_BCHW, visible_BV=batch.visible_BV)
-            seen_BTW, predicted_BMW = self.predictor(latent_BVW, batch.visible_BV, batch.masked_BM)
+        image_BD = patch_BPD = seen_BTW = predicted_BMW = latent_BTW = None
+        predict = predict and self.predictor is not None and image_BCHW is not None
+        shared = self.needs.share_view
+        if image_BCHW is not None and self.needs.contrastive:
+            out = self.visual(
+                image_BCHW, visible_BV if shared else None, patches=self.needs.patches, latents=shared and predict
+            )
+            image_BD = F.normalize(out.image_BD, dim=-1)
+            patch_BPD, latent_BTW = self._project_patches(out.patch_BPX), out.latent_BTW
+        if predict:
+            assert self.predictor is not None
+            if latent_BTW is None:
+                latent_BTW = self.visual(image_BCHW, visible_BV, image=False, latents=True).latent_BTW
+            seen_BTW, predicted_BMW = self.predictor(latent_BTW, visible_BV, masked_BM)
         return {
             "image_BD": image_BD,
             "patch_BPD": patch_BPD,
-            "text_RD": self.encode_texts(batch.packed),
-            "logit_scale": self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).exp(),
+            "text_RD": None if packed is None else self.encode_texts(packed),
+            "logit_scale": _at_least_fp32(self.logit_scale).exp(),
+            "logit_bias": None if self.logit_bias is None else _at_least_fp32(self.logit_bias) * 1.0,
             "seen_BTW": seen_BTW,
             "predicted_BMW": predicted_BMW,
         }
+
+
+def _at_least_fp32(parameter: Tensor) -> Tensor:
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))

@@ -1,6 +1,7 @@
 """Masked latent: the predictor beside the student, and the teachers.
 
-Shapes: B images, P patches, V visible, M masked (V + M = P), W tower width, T teacher width, H predictor width.
+Shapes: B images, P patches, V visible, M masked (V + M = P), N prefix tokens (class, registers), C = 1 where student
+and teacher have a class token and else 0, W student width, T teacher width, H predictor width.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from open_clip.pos_embed import get_2d_sincos_pos_embed
-from safetensors.torch import load_file
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor
 
 from data_prep.errors import InputError
-from pretrain.config import FrozenTeacher, ModelConfig
-from pretrain.models.towers import PixelNormaliser, TokenVisionTransformer, build_open_clip, expose_tokens
+from pretrain.config import FrozenTeacher, MaskedLatentObjective, ModelConfig, TowerConfig
+from pretrain.models.build import PixelNormaliser, build_open_clip, image_px
+from pretrain.models.image_towers import expose_tokens
 
 
 class _CrossAttentionBlock(nn.Module):
@@ -38,73 +39,110 @@ class _CrossAttentionBlock(nn.Module):
 
 
 class LatentPredictor(nn.Module):
-    """Predicts the teacher's latents of the masked patches from the student's latents of the visible ones."""
+    """Predicts the teacher's latents of the masked patches from the student's latents of the visible ones.
 
-    def __init__(
-        self,
-        token_width: int,
-        teacher_width: int,
-        grid: tuple[int, int],
-        width: int,
-        depth: int,
-        heads: int,
-        predicts_seen: bool,
-    ) -> None:
+    Args:
+        student: the `ImageTower` that is trained: its width, prefix tokens and patch grid.
+        teacher: what the latents are compared with: its width, and whether it has a class token.
+        predicts_seen: compare what the student saw too, through one linear layer (frozen teachers).
+
+    Raises InputError for a width that positions or heads do not fit into.
+    """
+
+    def __init__(self, student: Any, teacher: Teacher, width: int, depth: int, heads: int, predicts_seen: bool) -> None:
         super().__init__()
         if width % 4 or width % heads:
             raise InputError(
                 f"masked_latent: predictor_width {width} must divide by 4 and by predictor_heads ({heads})"
             )
-        if grid[0] != grid[1]:
-            raise InputError(f"masked_latent: needs a square patch grid, the image tower's is {grid}")
-        positions = torch.from_numpy(get_2d_sincos_pos_embed(width, grid[0])).float()
+        self._num_prefix = int(student.num_prefix_tokens)
+        self._num_class = int(student.has_class_token and teacher.has_class_token)
         self.position_PH: Tensor
-        self.register_buffer("position_PH", positions, persistent=False)
+        self.register_buffer("position_PH", build_sincos2d_pos_embed(list(student.grid_size), width), persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(width))
         nn.init.normal_(self.mask_token, std=0.02)
-        self.embed = nn.Linear(token_width, width)
+        self.embed = nn.Linear(student.token_width, width)
         self.blocks = nn.ModuleList(_CrossAttentionBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.to_teacher = nn.Linear(width, teacher_width)
-        self.seen_to_teacher = nn.Linear(token_width, teacher_width) if predicts_seen else None
+        self.to_teacher = nn.Linear(width, teacher.token_width)
+        self.seen_to_teacher = nn.Linear(student.token_width, teacher.token_width) if predicts_seen else None
 
-    def forward(self, latent_BVW: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Latents of class token and visible patches (B, 1 + V, W) to the teacher's space.
+    def forward(self, latent_BLW: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Latents of prefix tokens and visible patches (L = N + V) to the teacher's space.
 
-        Returns (seen (B, 1 + V, T): class token and visible patches through one linear layer, for a frozen
-        teacher only; predicted (B, M, T): the masked patches).
+        Returns (seen (B, C + V, T): class token and visible patches, None unless `predicts_seen`; predicted (B, M, T):
+        the masked patches).
         """
-        position_PH = self.position_PH.to(latent_BVW.dtype)
-        visible_BVH = self.embed(latent_BVW)
-        visible_BVH = torch.cat([visible_BVH[:, :1], visible_BVH[:, 1:] + position_PH[visible_BV]], dim=1)
+        position_PH = self.position_PH.to(latent_BLW.dtype)
+        context_BLH = self.embed(latent_BLW)
+        prefix, visible = context_BLH[:, : self._num_prefix], context_BLH[:, self._num_prefix :]
+        context_BLH = torch.cat([prefix, visible + position_PH[visible_BV]], dim=1)
         x_BMH = self.mask_token + position_PH[masked_BM]
         for block in self.blocks:
-            x_BMH = block(x_BMH, visible_BVH)
-        seen = None if self.seen_to_teacher is None else self.seen_to_teacher(latent_BVW)
+            x_BMH = block(x_BMH, context_BLH)
+        seen = None
+        if self.seen_to_teacher is not None:
+            latents = [latent_BLW[:, : self._num_class], latent_BLW[:, self._num_prefix :]]
+            seen = self.seen_to_teacher(
+                torch.cat(latents, dim=1) if self._num_prefix != self._num_class else latent_BLW
+            )
         return seen, self.to_teacher(self.norm(x_BMH))
 
 
-class Teacher(nn.Module):
-    """A ViT that sees the whole image without gradient: fp32, outside the engine, so bf16 cannot round it still."""
+def build_predictor(student: Any, teacher: Teacher, objective: MaskedLatentObjective) -> LatentPredictor:
+    """The predictor that a masked-latent objective asks for."""
+    return LatentPredictor(
+        student,
+        teacher,
+        objective.predictor_width,
+        objective.predictor_depth,
+        objective.predictor_heads,
+        predicts_seen=isinstance(objective.teacher, FrozenTeacher),
+    )
 
-    def __init__(self, visual: TokenVisionTransformer) -> None:
+
+class Teacher(nn.Module):
+    """An image tower that sees the whole image without gradient: fp32, outside the engine, so bf16 cannot round it
+    still.
+
+    Args:
+        visual: an `ImageTower`; it is frozen.
+    """
+
+    def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual: Any = visual.eval().requires_grad_(False)
+        self.compute_dtype = torch.float32  # bfloat16: the forward under autocast, the weights as they are
         self._normalise: PixelNormaliser | None = None
+
+    @property
+    def token_width(self) -> int:
+        return int(self.visual.token_width)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return int(self.visual.num_prefix_tokens)
+
+    @property
+    def has_class_token(self) -> bool:
+        return bool(self.visual.has_class_token)
 
     @torch.no_grad()
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """uint8 pixels to (B, 1 + P, T) final-norm latents, class token first.
+        """uint8 pixels to (B, N + P, T) final-norm latents, prefix tokens first, the class token before registers.
 
         The teacher has a mean, a standard deviation and an input size of its own; the image is brought to them.
         """
         if self._normalise is None:
-            self._normalise = PixelNormaliser(self.visual, image_BCHW.device, torch.float32)
+            self._normalise = PixelNormaliser(self.visual, image_BCHW.device, next(self.visual.parameters()).dtype)
         image_BCHW = self._normalise(image_BCHW)
-        size = self.visual.image_size
-        if tuple(image_BCHW.shape[-2:]) != tuple(size):
-            image_BCHW = F.interpolate(image_BCHW, size=tuple(size), mode="bicubic", antialias=True)
-        return self.visual(image_BCHW, latents=True)
+        px = image_px(self.visual)
+        if tuple(image_BCHW.shape[-2:]) != (px, px):
+            image_BCHW = F.interpolate(image_BCHW, size=(px, px), mode="bicubic", antialias=True)
+        in_fp32 = self.compute_dtype == torch.float32
+        with torch.autocast(image_BCHW.device.type, self.compute_dtype, enabled=not in_fp32):
+            latent_BTW: Tensor = self.visual(image_BCHW, image=False, latents=True).latent_BTW
+        return latent_BTW
 
     @torch.no_grad()
     def follow(self, student: Iterable[tuple[str, Tensor]], momentum: float) -> None:
@@ -114,24 +152,41 @@ class Teacher(nn.Module):
             own[name].lerp_(tensor.to(own[name].device, own[name].dtype), 1.0 - momentum)
 
 
-def ema_teacher(student: TokenVisionTransformer) -> Teacher:
-    """Starts as a copy of the student."""
+def ema_teacher(student: nn.Module) -> Teacher:
+    """Starts as a copy of the student's image tower."""
     return Teacher(copy.deepcopy(student).float())
 
 
 def frozen_teacher(config: FrozenTeacher, student_grid: tuple[int, int]) -> Teacher:
-    """The image tower of a named model. Its patch grid must be the student's."""
-    model = build_open_clip(ModelConfig(name=config.name, pretrained=config.pretrained))
-    if config.weights_path is not None:
-        if not config.weights_path.is_file():
-            raise InputError(f"masked_latent.teacher.weights_path: {config.weights_path} does not exist")
-        model.load_state_dict(load_file(config.weights_path))
-    visual = expose_tokens(model.visual)
-    if not isinstance(visual, TokenVisionTransformer):
-        raise InputError(f"masked_latent.teacher: {config.name} is no ViT, so its latents do not belong to patches")
+    """The image tower of a named model; the rest of that model is let go.
+
+    Where `image_size` is not given and the tower's patch grid is not the student's, the tower is built at the
+    resolution at which it is, its position embeddings interpolated.
+
+    Raises InputError for a tower that cannot have the student's grid.
+    """
+    visual = _build_visual(config, config.image_size)
+    rows, columns = visual.grid_size
+    if (rows, columns) != student_grid and config.image_size is None and len(set(student_grid)) == 1:
+        visual = _build_visual(config, image_px(visual) // rows * student_grid[0])
     if tuple(visual.grid_size) != student_grid:
         raise InputError(
-            f"masked_latent.teacher: {config.name} has a patch grid of {tuple(visual.grid_size)}, the student of "
-            f"{student_grid}; choose towers with equal image_size / patch_size"
+            f"masked_latent.teacher: {config.name} has a patch grid of {tuple(visual.grid_size)} at {image_px(visual)} "
+            f"px, the student of {student_grid}; set masked_latent.teacher.image_size or model.image_size so that "
+            "image_size / patch size is the same for both"
         )
     return Teacher(visual)
+
+
+def _build_visual(config: FrozenTeacher, image_size: int | None) -> Any:
+    model = ModelConfig(
+        name=config.name,
+        pretrained=config.pretrained,
+        image_size=image_size,
+        image=TowerConfig(weights=config.weights),
+        tiny=config.tiny,
+    )
+    try:
+        return expose_tokens(build_open_clip(model).visual)
+    except InputError as error:
+        raise InputError(f"masked_latent.teacher: {error}") from error

@@ -73,7 +73,7 @@ def test_convolution_and_hf_text_round_trip(run_config: dict[str, Any], tmp_path
     """Also: a frozen HF text tower keeps its weights, its projection learns; masked latent is left out."""
     model = tmp_path / "towers.json"
     model.write_text(json.dumps(HF_TOWERS))
-    run_config["model"] = {"name": str(model), "freeze_text": True}
+    run_config["model"] = {"name": str(model), "text": {"frozen": True}}
     run_config["objectives"] = run_config["objectives"][:3]
     run_dir = trained(run_config, tmp_path)
     encoder, start = load_encoder(run_dir), load_encoder_at_start(run_config)

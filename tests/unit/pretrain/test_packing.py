@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from pretrain.config import ModelConfig
 from pretrain.data.texts import pack
 from pretrain.data.tokenize import TextTokenizer
-from pretrain.models.dual_encoder import DualEncoder
-from pretrain.models.towers import TrimmedTextTransformer, build_open_clip, build_tokenizer
+from pretrain.models.build import build_open_clip, build_tokenizer
+from pretrain.models.dual_encoder import DualEncoder, Needs
+from pretrain.models.text_towers import TrimmedTextTransformer
 from tests.conftest import TINY_MODEL
 
 HF_CONFIG = Path(__file__).parents[3] / "configs" / "models" / "efficientnet_lite0_minilm.json"
@@ -56,7 +57,7 @@ def build(config: ModelConfig, dtype: torch.dtype) -> tuple[TextTokenizer, nn.Mo
     torch.manual_seed(0)
     clip = build_open_clip(config)
     plain = copy.deepcopy(clip.text).to(dtype).eval()
-    encoder = DualEncoder(clip, config, embed_dim=32, needs_patches=False).to(dtype)
+    encoder = DualEncoder(clip, config, Needs()).to(dtype)
     encoder.eval()
     return build_tokenizer(config, encoder.text), plain, encoder
 
