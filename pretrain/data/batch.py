@@ -58,17 +58,28 @@ class TermColumns(_OnDevice):
 
 
 @dataclass
+class DiagnosisDistances(_OnDevice):
+    """How far the diagnoses of this rank's images lie from the global batch's in the hierarchy (soft targets)."""
+
+    text_G: Tensor  # (G,) int64 into the U texts: the distinct diagnosis texts; G >= 1
+    distance_BG: Tensor  # float32, edges between the image's node and the text's; inf where the text has no node
+    is_known_N: Tensor  # bool, of all ranks' images: the diagnosis has a node
+
+
+@dataclass
 class Batch(_OnDevice):
     image_BCHW: Tensor  # uint8
     sample_B: Tensor  # int64 positions in the manifest's index
-    text_BK: Tensor  # int64 into the U texts; U in an empty slot
+    text_BK: Tensor  # int64 into the U texts; U in a slot that is empty or that no term reads
     aspect_BK: Tensor  # int64 codes of `schema.ASPECTS`; NO_ASPECT_CODE in an empty slot
     text_NK: Tensor  # text_BK of all ranks, rank-major: who owns what is known without asking them
-    packed: PackedTexts
+    #: one part a micro-batch, so that texts, too, are encoded a part at a time; empty without contrastive terms
+    packed: list[PackedTexts]
     #: (U,) int64: text u stands in this row of the texts gathered from all ranks, each padded to `num_padded_texts`
     gathered_row_U: Tensor
     num_padded_texts: int  # the largest U_r over ranks
-    columns: dict[str, TermColumns]  # by kind of objective
+    columns: dict[str, TermColumns]  # by the objective's label
+    diagnoses: DiagnosisDistances | None
     visible_BV: Tensor | None  # int64 patch positions that the masked student sees, ascending
     masked_BM: Tensor | None  # int64 the others
     num_truncated: int  # texts of this rank cut at the tokenizer's context length

@@ -26,9 +26,9 @@ def sample_seed(seed: int, epoch: int, sample: int) -> int:
     return int(generator(SAMPLE_DOMAIN, seed, epoch, sample).integers(2**63))
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """63-bit seed of what a rank draws in one step (dropout)."""
-    return int(generator(STEP_DOMAIN, seed, step, rank).integers(2**63))
+def step_seed(seed: int, step: int, rank: int, part: int = 0) -> int:
+    """63-bit seed of what a rank draws in one step, or in one part of it (dropout)."""
+    return int(generator(STEP_DOMAIN, seed, step, rank, part).integers(2**63))
 
 
 def epoch_order(shard_sizes: NDArray[np.int64], seed: int, epoch: int, shards_per_block: int) -> NDArray[np.int64]:

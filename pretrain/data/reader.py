@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_prep.errors import InputError
 from data_prep.schema import Aspect, text_hash
-from pretrain.data.batch import Batch
+from pretrain.data.batch import Batch, PackedTexts
+from pretrain.data.diagnoses import DiagnosisTable, diagnosis_distances
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.masks import MaskConfig, draw_mask, num_masked
 from pretrain.data.plan import MASK_DOMAIN, epoch_order, generator, sample_seed
@@ -33,7 +34,10 @@ class ReaderSpec:
     global_batch_size: int
     shards_per_block: int
     bucket_edges: tuple[int, ...]
-    aspects_by_term: Mapping[str, Sequence[Aspect]]  # of the contrastive terms
+    aspects_by_term: Mapping[str, Sequence[Aspect]]  # of the contrastive terms' columns, by label
+    aspects_read: tuple[Aspect, ...]  # of the texts that are encoded; none: no text is read
+    diagnoses: DiagnosisTable | None  # where a term has soft targets
+    num_parts: int  # micro-batches that this rank's images and texts are encoded in
     mask: MaskConfig | None  # None: no masked-latent term
     patch_grid: tuple[int, int] | None
 
@@ -92,13 +96,14 @@ class BatchDataset(Dataset[Batch]):
         sample_N = self._order(epoch)[step_in_epoch * size : (step_in_epoch + 1) * size]
         rows_N = self.data.index[sample_N]
         aspect_NK = rows_N["text_aspect"]
-        plan = plan_texts(rows_N["text_hash"], aspect_NK, self.world_size)
+        plan = plan_texts(rows_N["text_hash"], aspect_NK, self.world_size, self.spec.aspects_read)
         images_per_rank = size // self.world_size
         mine = slice(self.rank * images_per_rank, (self.rank + 1) * images_per_rank)
 
         seeds = [sample_seed(self.spec.seed, epoch, int(sample)) for sample in sample_N[mine]]
         images = [self._image(int(sample), seed) for sample, seed in zip(sample_N[mine], seeds, strict=True)]
         tokens = self.tokenizer.encode(self._strings(plan, sample_N))
+        diagnoses = self.spec.diagnoses
         visible_BV, masked_BM = self._masks(seeds)
         text_NK = torch.from_numpy(plan.text_NK)
         return Batch(
@@ -107,14 +112,23 @@ class BatchDataset(Dataset[Batch]):
             text_BK=text_NK[mine],
             aspect_BK=torch.from_numpy(aspect_NK[mine].astype(np.int64)),
             text_NK=text_NK,
-            packed=pack(tokens, self.spec.bucket_edges, self.tokenizer.pad_id, self.tokenizer.can_trim),
+            packed=self._packed(tokens),
             gathered_row_U=torch.from_numpy(plan.gathered_rows()),
             num_padded_texts=int(plan.num_texts_by_rank.max()),
             columns=plan_columns(plan, aspect_NK, self.spec.aspects_by_term),
+            diagnoses=None if diagnoses is None else diagnosis_distances(diagnoses, plan, rows_N, mine),
             visible_BV=visible_BV,
             masked_BM=masked_BM,
             num_truncated=sum(self.tokenizer.is_full(ids) for ids in tokens),
         )
+
+    def _packed(self, tokens: list[NDArray[np.int64]]) -> list[PackedTexts]:
+        """One part a micro-batch; every part has every bucket, so all ranks run the same forwards."""
+        if not self.spec.aspects_read:
+            return []
+        parts = np.array_split(np.arange(len(tokens)), self.spec.num_parts)
+        edges, pad_id, trim = self.spec.bucket_edges, self.tokenizer.pad_id, self.tokenizer.can_trim
+        return [pack([tokens[text] for text in part], edges, pad_id, trim) for part in parts]
 
     def _image(self, sample: int, seed: int) -> torch.Tensor:
         jpeg = self.data.read_image(sample)
@@ -127,6 +141,8 @@ class BatchDataset(Dataset[Batch]):
 
     def _strings(self, plan: TextPlan, sample_N: NDArray[np.int64]) -> list[str]:
         """The texts this rank encodes, from the samples that supply them (all of them this rank's own)."""
+        if not self.spec.aspects_read:
+            return []
         num_slots = plan.text_NK.shape[1]
         captions: dict[int, tuple[str, ...]] = {}
         strings = []

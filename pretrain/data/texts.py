@@ -6,14 +6,14 @@ holds the hash of every text, so each rank plans for all ranks without reading t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.schema import ASPECT_CODE, NO_ASPECT_CODE, Aspect
+from data_prep.schema import ASPECT_CODE, ASPECTS, NO_ASPECT_CODE, Aspect
 from pretrain.data.batch import PackedTexts, TermColumns
 
 
@@ -21,7 +21,7 @@ from pretrain.data.batch import PackedTexts, TermColumns
 class TextPlan:
     """N images, K slots, U distinct texts, ordered by the first slot that holds them: so also by rank."""
 
-    text_NK: NDArray[np.int64]  # into the U texts; U in an empty slot
+    text_NK: NDArray[np.int64]  # into the U texts; U in a slot that is empty or that no term reads
     first_slot_U: NDArray[np.int64]  # flat position in (N, K) of the slot that supplies the text's string
     num_texts_by_rank: NDArray[np.int64]  # (W,): the lowest rank that holds a text encodes it
 
@@ -40,10 +40,20 @@ class TextPlan:
         return np.concatenate([rank * padded + np.arange(n) for rank, n in enumerate(self.num_texts_by_rank)])
 
 
-def plan_texts(hash_NK: NDArray[np.uint64], aspect_NK: NDArray[np.uint8], world_size: int) -> TextPlan:
-    """Distinct texts of a global batch whose images lie rank-major."""
+def plan_texts(
+    hash_NK: NDArray[np.uint64],
+    aspect_NK: NDArray[np.uint8],
+    world_size: int,
+    aspects: Collection[Aspect] = ASPECTS,
+) -> TextPlan:
+    """Distinct texts under `aspects` of a global batch whose images lie rank-major.
+
+    A text that stands under another aspect too is owned there as well; one that stands there alone is as if empty.
+    """
     num_images, num_slots = hash_NK.shape
-    valid = np.flatnonzero(aspect_NK.reshape(-1) != NO_ASPECT_CODE)
+    is_read_NK = np.isin(aspect_NK, np.array([ASPECT_CODE[aspect] for aspect in aspects], dtype=np.uint8))
+    is_read_NK |= (aspect_NK != NO_ASPECT_CODE) & np.isin(hash_NK, hash_NK[is_read_NK])
+    valid = np.flatnonzero(is_read_NK.reshape(-1))
     _, first, inverse = np.unique(hash_NK.reshape(-1)[valid], return_index=True, return_inverse=True)
     by_first_slot = np.argsort(first)
     position = np.empty_like(by_first_slot)

@@ -1,6 +1,6 @@
 """JPEG bytes to a square uint8 tensor for training. Normalisation happens on the device, where it costs nothing.
 
-Evaluation uses open_clip's own preprocessing (`pretrain.models.towers.eval_transform`).
+Evaluation uses open_clip's own preprocessing (`pretrain.models.build.eval_transform`).
 """
 
 from __future__ import annotations

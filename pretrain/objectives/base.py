@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,11 +25,13 @@ class Term:
 
 
 class Objective(Protocol):
-    kind: str
-    weight: float
+    """A contrastive one: computed once a step, over the features of the whole global batch.
 
-    @property
-    def aspects(self) -> Sequence[Aspect] | None:
-        """Of the texts it contrasts; None for an objective without texts."""
+    The masked-latent objective needs no other image; it is computed in each micro-batch by itself and has its own call.
+    """
+
+    label: str  # names its columns in the batch, its term and its logs
+    weight: float
+    aspects: tuple[Aspect, ...]  # of the texts it contrasts
 
     def __call__(self, features: Features) -> Term: ...

@@ -7,37 +7,46 @@ from torch import Tensor
 
 from pretrain.config import MaskedLatentObjective
 from pretrain.losses.masked_latent import cosine_distance, normalised_smooth_l1
+from pretrain.models.dual_encoder import Encoded
 from pretrain.objectives.base import Term
-from pretrain.objectives.features import Features
+from pretrain.objectives.features import working_dtype
 
 
 class MaskedLatent:
-    aspects = None
+    """Needs no other image and no text, so it is computed in each micro-batch by itself."""
 
     def __init__(self, config: MaskedLatentObjective) -> None:
-        self.config = config
-        self.kind: str = config.kind
+        self.label = config.label
         self.weight = config.weight
 
-    def __call__(self, features: Features) -> Term:
-        """Every image counts the same number of tokens, so the mean over ranks is the mean over the global batch."""
-        encoded, batch = features.encoded, features.batch
-        predicted_BMW, target_BTW = encoded.predicted_BMW, features.target_BTW
-        assert predicted_BMW is not None and target_BTW is not None
-        assert batch.masked_BM is not None and batch.visible_BV is not None
-        dtype = features.image_BD.dtype
-        masked_target = _take(target_BTW, batch.masked_BM).to(dtype)
-        if encoded.seen_BTW is not None:  # frozen teacher: what the student saw is compared too
-            seen_target = torch.cat([target_BTW[:, :1], _take(target_BTW, batch.visible_BV)], dim=1).to(dtype)
-            predicted = torch.cat([encoded.seen_BTW, predicted_BMW], dim=1).to(dtype)
-            loss = cosine_distance(predicted, torch.cat([seen_target, masked_target], dim=1))
+    def __call__(
+        self, encoded: Encoded, target_BTW: Tensor, visible_BV: Tensor | None, masked_BM: Tensor | None
+    ) -> Term:
+        """Every image counts the same number of tokens, so the mean over ranks is the mean over the global batch.
+
+        Args:
+            encoded: `predicted_BMW` and, with a frozen teacher, `seen_BTW`.
+            target_BTW: the teacher's latents of the whole image, its prefix tokens (class, registers) first.
+            visible_BV, masked_BM: patch positions.
+        """
+        predicted_BMW, seen_BTW = encoded.predicted_BMW, encoded.seen_BTW
+        assert predicted_BMW is not None and visible_BV is not None and masked_BM is not None
+        dtype = working_dtype(predicted_BMW)
+        num_prefix = target_BTW.shape[1] - visible_BV.shape[1] - masked_BM.shape[1]
+        masked_target = _take(target_BTW, masked_BM, num_prefix).to(dtype)
+        if seen_BTW is not None:  # frozen teacher: what the student saw is compared too
+            visible_target = _take(target_BTW, visible_BV, num_prefix).to(dtype)
+            num_class = seen_BTW.shape[1] - visible_BV.shape[1]  # 1 where student and teacher have a class token
+            target = torch.cat([target_BTW[:, :num_class].to(dtype), visible_target, masked_target], dim=1)
+            loss = cosine_distance(torch.cat([seen_BTW, predicted_BMW], dim=1).to(dtype), target)
         else:
             loss = normalised_smooth_l1(predicted_BMW.to(dtype), masked_target)
-        # a collapsed teacher gives every patch the same latent: watch its spread
-        spread = masked_target.std(dim=(0, 1)).mean()
-        return Term(loss, {"target_std": (spread, torch.ones_like(spread))})
+        # a collapsed teacher gives every patch of an image the same latent: watch their spread
+        spread_B = masked_target.std(dim=1, correction=0).mean(1)
+        return Term(loss, {"target_std": (spread_B.sum(), spread_B.new_full((), len(spread_B)))})
 
 
-def _take(latent_BTW: Tensor, patch_BX: Tensor) -> Tensor:
-    """The latents of some patches; the class token stands first."""
-    return latent_BTW.gather(1, (patch_BX + 1).unsqueeze(-1).expand(-1, -1, latent_BTW.shape[-1]))
+def _take(latent_BTW: Tensor, patch_BX: Tensor, num_prefix: int) -> Tensor:
+    """The latents of some patches."""
+    index_BXW = (patch_BX + num_prefix).unsqueeze(-1).expand(-1, -1, latent_BTW.shape[-1])
+    return latent_BTW.gather(1, index_BXW)

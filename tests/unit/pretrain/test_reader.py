@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import InputError
-from data_prep.schema import ASPECT_CODE, NO_ASPECT_CODE, SUBCAPTION_ASPECTS, Aspect, Sample
+from data_prep.schema import ASPECT_CODE, ASPECTS, NO_ASPECT_CODE, SUBCAPTION_ASPECTS, Aspect, Sample
 from pretrain.config import AugmentationConfig, BlockMask
 from pretrain.data.batch import Batch
 from pretrain.data.manifest import ShardedDataset
@@ -31,6 +31,9 @@ SPEC = ReaderSpec(
     shards_per_block=2,
     bucket_edges=(16, 32, 64),
     aspects_by_term={"clip": [Aspect.CAPTION], "local_alignment": SUBCAPTION_ASPECTS},
+    aspects_read=ASPECTS,
+    diagnoses=None,
+    num_parts=1,
     mask=BlockMask(min_num_patches=2),
     patch_grid=(4, 4),
 )
@@ -73,8 +76,9 @@ def token_rows(batches: list[Batch]) -> list[Tensor]:
     """Token ids of the U texts of a global batch, each from where its feature will be: all ranks' gathered rows."""
     gathered: list[Tensor | None] = []
     for batch in batches:
-        rows = [row for bucket in batch.packed.bucket_tokens for row in bucket]
-        mine = [rows[int(position)] for position in batch.packed.order_R]
+        (packed,) = batch.packed
+        rows = [row for bucket in packed.bucket_tokens for row in bucket]
+        mine = [rows[int(position)] for position in packed.order_R]
         gathered += [*mine, *([None] * (batch.num_padded_texts - len(mine)))]
     found = [gathered[int(row)] for row in batches[0].gathered_row_U]
     assert all(row is not None for row in found)
@@ -160,8 +164,9 @@ def test_texts_that_fill_the_context_are_counted(prepared_dir: Path) -> None:
     dataset = reader(prepared_dir / "train", bucket_edges=(16,))
     dataset.tokenizer = TextTokenizer(open_clip.SimpleTokenizer(context_length=16), 16, pad_id=0, can_trim=True)
     batch = dataset[0]
-    (tokens,) = batch.packed.bucket_tokens
-    long_ones = int((tokens[batch.packed.order_R][:, -1] != 0).sum())
+    (packed,) = batch.packed
+    (tokens,) = packed.bucket_tokens
+    long_ones = int((tokens[packed.order_R][:, -1] != 0).sum())
     assert batch.num_truncated == long_ones >= 12  # at least every whole caption
     assert reader(prepared_dir / "train")[0].num_truncated < long_ones
 
@@ -189,8 +194,8 @@ def test_ranks_together_read_the_whole_batch(prepared_dir: Path, world_size: int
         assert torch.equal(part.text_NK, whole.text_NK) and part.num_texts == whole.num_texts
         for (name, value), (_, other) in zip(leaves(part.columns), leaves(whole.columns), strict=True):
             assert isinstance(value, Tensor) and isinstance(other, Tensor) and torch.equal(value, other), name
-        assert len(part.packed.bucket_tokens) == len(SPEC.bucket_edges)  # the same forwards on every rank
-    assert sum(len(part.packed.order_R) for part in parts) == whole.num_texts == len(whole.packed.order_R)
+        assert len(part.packed[0].bucket_tokens) == len(SPEC.bucket_edges)  # the same forwards on every rank
+    assert sum(len(part.packed[0].order_R) for part in parts) == whole.num_texts == len(whole.packed[0].order_R)
     for row, same in zip(token_rows(parts), token_rows([whole]), strict=True):
         length = min(len(row), len(same))
         assert torch.equal(row[:length], same[:length])
@@ -266,3 +271,24 @@ def test_a_worker_process_names_bad_input_too(own_dir: Path) -> None:
     overwrite(own_dir, 20, "json", b'"captions"', b'"captains"')
     with pytest.raises(InputError, match=r"sample 20 is damaged; run `dermvlp verify`"):
         list(read_batches(reader(own_dir, global_batch_size=24), 0, 1, num_workers=1, pin=False))
+
+
+def test_texts_are_encoded_in_as_many_parts_as_images(prepared_dir: Path) -> None:
+    """The parts' texts, one after the other, are the whole's; each part has every bucket."""
+    whole, parted = reader(prepared_dir / "train")[1], reader(prepared_dir / "train", num_parts=3)[1]
+    assert len(parted.packed) == 3 and all(len(part.bucket_tokens) == 3 for part in parted.packed)
+
+    def texts(batch: Batch) -> list[list[int]]:
+        found = []
+        for part in batch.packed:
+            rows = [row for bucket in part.bucket_tokens for row in bucket]
+            found += [[int(token) for token in rows[int(position)] if token] for position in part.order_R]
+        return found
+
+    assert texts(parted) == texts(whole) and len(texts(whole)) == whole.num_texts
+    assert max(len(part.order_R) for part in parted.packed) == -(-whole.num_texts // 3)
+
+
+def test_without_contrastive_terms_no_text_is_read(prepared_dir: Path) -> None:
+    batch = reader(prepared_dir / "train", aspects_by_term={}, aspects_read=())[0]
+    assert batch.packed == [] and batch.columns == {} and batch.masked_BM is not None

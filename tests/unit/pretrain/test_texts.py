@@ -173,3 +173,15 @@ def test_bucket_edges_pad_to_the_fewest_tokens() -> None:
     chosen = choose_bucket_edges(lengths, 3, 64)
     assert len(chosen) == 3 and chosen[-1] == 64 and all(edge % 8 == 0 for edge in chosen)
     assert padded(chosen) == min(padded((i, j, 64)) for i in range(8, 64, 8) for j in range(i + 8, 64, 8))
+
+
+def test_texts_that_no_term_reads_are_not_encoded() -> None:
+    images: Captions = [
+        [(Aspect.CAPTION, "a"), (Aspect.DIAGNOSIS, "nevus"), (Aspect.HISTORY, "h")],
+        [(Aspect.CAPTION, "nevus"), (Aspect.DIAGNOSIS, "eczema")],
+    ]
+    plan = plan_texts(*arrays(images), 1, (Aspect.CAPTION,))
+    assert strings_of(plan, images) == ["a", "nevus"]
+    # the first image's diagnosis is the second one's caption: read, so owned by both; the others are as if empty
+    assert plan.text_NK[:, :3].tolist() == [[0, 1, 2], [1, 2, 2]]
+    assert plan_texts(*arrays(images), 1, ()).num_texts == 0
