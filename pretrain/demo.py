@@ -136,8 +136,8 @@ def _report(
         "rejected rows": str(train.num_rejected),
         "sub-captions by": train.decomposer,
         "towers": f"{config.model.name}, {num_parameters / 1e6:.1f} M parameters",
-        "objectives": ", ".join(f"{objective.kind} x {objective.weight:g}" for objective in config.objectives),
-        "steps": f"{config.num_steps} of {config.global_batch_size} images",
+        "objectives": ", ".join(f"{objective.label} x {objective.weight:g}" for objective in config.objectives),
+        "steps": f"{config.steps} of {config.global_batch_size} images",
         "engine": f"{config.engine.kind}, ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
         f"{config.launch.num_ranks} rank(s), {'GPU' if torch.cuda.is_available() else 'CPU'}",
     }

@@ -27,7 +27,7 @@ def local_rank() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather whose backward sums every rank's gradient of our own slice.
+    """all_gather whose backward is a reduce_scatter: the sum over ranks of the gradients of our own slice.
 
     torch.distributed.nn.all_gather computes the same and is deprecated.
     """
@@ -40,9 +40,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
+        slices = list(gradients[0].contiguous().chunk(world_size()))
+        own = torch.empty_like(slices[0])
+        dist.reduce_scatter(own, slices)
+        return own
 
 
 def gather_with_grad(local: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +21,16 @@ from data_prep.errors import InputError
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.distributed import comm
 
+LrScales = Mapping[str, float]  # by parameter name
+
 
 class Engine(Protocol):
     module: nn.Module
 
     def __call__(self, *args: Any) -> dict[str, Any]: ...
-    def backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Adds to the gradients; `last` with the step's last part, which reduces them over the ranks."""
+
     def step(self, lr: float) -> None:
         """Clip, update, forget the gradients."""
 
@@ -74,29 +78,48 @@ _NO_DECAY = (
 )
 
 
-def decay_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay; vectors, scalars and position and class embeddings do not."""
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+def parameter_groups(module: nn.Module, config: OptimizerConfig, lr_scales: LrScales) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay; vectors, scalars and position and class embeddings do not.
+
+    `lr_scale` is the layer-wise factor of the learning rate, 1 for a name that `lr_scales` does not hold.
+    """
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.endswith(_NO_DECAY)
-            (no_decay if plain else decay).append(parameter)
-    return [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim >= 2 and not name.endswith(_NO_DECAY)
+        scale = lr_scales.get(name, 1.0)
+        weight_decay = config.weight_decay if decays else 0.0
+        group = groups.setdefault(
+            (decays, scale), {"params": [], "weight_decay": weight_decay, "lr_scale": scale, "lr": config.lr * scale}
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(decay_groups(module, config), lr=config.lr, betas=config.betas, eps=config.eps)
+def build_optimizer(module: nn.Module, config: OptimizerConfig, lr_scales: LrScales) -> torch.optim.AdamW:
+    groups = parameter_groups(module, config, lr_scales)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def _set_learning_rate(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 class TorchEngine:
     """Plain torch: gradients are averaged by one all_reduce after the backward. fp32, fp64, or bf16 by autocast."""
 
     def __init__(
-        self, module: nn.Module, optimizer: OptimizerConfig, config: EngineConfig, device: torch.device
+        self,
+        module: nn.Module,
+        optimizer: OptimizerConfig,
+        lr_scales: LrScales,
+        config: EngineConfig,
+        device: torch.device,
     ) -> None:
         self.module = module.to(device)
-        self._optimizer = build_optimizer(module, optimizer)
+        self._optimizer = build_optimizer(module, optimizer, lr_scales)
         self._clip = optimizer.grad_clip_norm
         self._autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
         self._norm: Tensor | float = 0.0
@@ -105,7 +128,7 @@ class TorchEngine:
         with self._autocast:
             return self.module(*args)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
         loss.backward()
 
     def step(self, lr: float) -> None:
@@ -118,8 +141,7 @@ class TorchEngine:
             for parameter, gradient in zip(trained, mean.split([p.numel() for p in trained]), strict=True):
                 parameter.grad = gradient.view_as(parameter)
         self._norm = nn.utils.clip_grad_norm_(trained, self._clip or float("inf"))
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        _set_learning_rate(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -168,6 +190,7 @@ class DeepSpeedEngine:
         self,
         module: nn.Module,
         optimizer: OptimizerConfig,
+        lr_scales: LrScales,
         config: EngineConfig,
         micro_batch_size: int,
         device: torch.device,
@@ -185,7 +208,7 @@ class DeepSpeedEngine:
         module = module.to(device)
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(module, optimizer),
+            optimizer=build_optimizer(module, optimizer, lr_scales),
             config=deepspeed_config(optimizer, config, micro_batch_size),
         )
         self.module = self._engine.module
@@ -194,12 +217,13 @@ class DeepSpeedEngine:
     def __call__(self, *args: Any) -> dict[str, Any]:
         return self._engine(*args)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        # to DeepSpeed a step is one micro-batch, so that it divides nothing; the boundary is set by hand
+        self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
     def step(self, lr: float) -> None:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        _set_learning_rate(self._engine.optimizer, lr)
         if self._zero_stage == 0:  # where DeepSpeed does not keep the norm
             self._norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self._engine.step()
@@ -244,8 +268,13 @@ def full_tensors(engine: Engine, module: nn.Module) -> Iterator[tuple[str, Tenso
 
 
 def build_engine(
-    module: nn.Module, optimizer: OptimizerConfig, config: EngineConfig, micro_batch_size: int, device: torch.device
+    module: nn.Module,
+    optimizer: OptimizerConfig,
+    lr_scales: LrScales,
+    config: EngineConfig,
+    micro_batch_size: int,
+    device: torch.device,
 ) -> Engine:
     if config.kind == "torch":
-        return TorchEngine(module, optimizer, config, device)
-    return DeepSpeedEngine(module, optimizer, config, micro_batch_size, device)
+        return TorchEngine(module, optimizer, lr_scales, config, device)
+    return DeepSpeedEngine(module, optimizer, lr_scales, config, micro_batch_size, device)

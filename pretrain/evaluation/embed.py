@@ -22,8 +22,8 @@ from pretrain.data.manifest import ShardedDataset
 from pretrain.data.texts import pack
 from pretrain.data.tokenize import TextTokenizer
 from pretrain.data.transforms import decode
+from pretrain.models.build import build_tokenizer, eval_transform
 from pretrain.models.dual_encoder import DualEncoder
-from pretrain.models.towers import build_tokenizer, eval_transform
 from pretrain.train.checkpoint import checkpoint_config, list_checkpoints
 from pretrain.train.state import build_dual_encoder
 

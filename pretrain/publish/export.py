@@ -15,7 +15,8 @@ from data_prep.errors import InputError
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.transforms import decode
 from pretrain.evaluation.embed import Encoder, find_checkpoint
-from pretrain.models.towers import build_open_clip, read_tower_config, resolve_packages
+from pretrain.models.build import build_open_clip
+from pretrain.models.open_clip_config import resolve_packages
 from pretrain.train.checkpoint import checkpoint_config
 
 _TRAINING_ONLY = ("predictor.", "patch_projection.")  # not part of the dual encoder that open_clip knows
@@ -32,14 +33,18 @@ def export(run_or_checkpoint: Path, out_dir: Path) -> Path:
         raise InputError(f"{out_dir}: not empty and no earlier export; choose another folder")
     state = load_file(checkpoint / "model.safetensors")
     state = {name: tensor for name, tensor in state.items() if not name.startswith(_TRAINING_ONLY)}
-    model = build_open_clip(config.model, load_pretrained=False)
+    model = build_open_clip(config.model, load_pretrained=False, with_logit_bias="logit_bias" in state)
     model.load_state_dict(state)  # strict: every parameter of open_clip's own model, and nothing else
-    state["logit_scale"] = state["logit_scale"].reshape(())  # as open_clip creates it
+    for name in ("logit_scale", "logit_bias"):
+        if name in state:
+            state[name] = state[name].reshape(())  # as open_clip creates it
     out_dir.mkdir(parents=True, exist_ok=True)
     save_file(state, out_dir / "open_clip_model.safetensors", metadata={"format": "pt"})
-    model_cfg = dict(read_tower_config(config.model.name).model_cfg)
+    model_cfg = dict(model.spec.model_cfg)
     model_cfg["custom_text"] = True
     model_cfg.pop("init_logit_bias", None)
+    if "logit_bias" in state:
+        model_cfg["init_logit_bias"] = 0.0  # open_clip makes the parameter where its config has this key
     if "hf_model_name" in model_cfg["text_cfg"]:
         model_cfg["text_cfg"] = _export_hf_text(model, model_cfg, out_dir)
     document = {"model_cfg": model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}

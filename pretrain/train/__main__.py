@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from data_prep.config import load_config
 from data_prep.errors import InputError
 from pretrain.config import TrainConfig
 from pretrain.distributed import comm
 from pretrain.train.loop import train
+from pretrain.trial import as_trial
+
+
+def load_training_config(path: str, overrides: Sequence[str]) -> TrainConfig:
+    config = load_config(path, list(overrides), TrainConfig)
+    return as_trial(config) if config.trial else config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args(argv)
     try:
-        train(load_config(arguments.config, arguments.overrides, TrainConfig))
+        train(load_training_config(arguments.config, arguments.overrides))
     except (InputError, OSError) as error:
         # an error can be one rank's alone (a damaged file that only it reads), so each says its own
         who = f"rank {comm.rank()}: " if comm.world_size() > 1 else ""

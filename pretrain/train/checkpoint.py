@@ -30,8 +30,8 @@ from data_prep.errors import InputError
 from pretrain.config import TrainConfig
 from pretrain.distributed import comm
 from pretrain.distributed.engine import full_tensors
-from pretrain.models.towers import read_tower_config
-from pretrain.train.step import Trainer
+from pretrain.models.open_clip_config import resolved_spec
+from pretrain.train.trainer import Trainer
 
 #: what may differ between the run that wrote a checkpoint and the one that goes on: it does not change the result
 #: (what the paths lead to is compared by content: the data by its digest, the towers by their config)
@@ -92,7 +92,7 @@ def _write_shared(
     trainer: Trainer, folder: Path, model_state: dict[str, torch.Tensor], step: int, data_digest: str
 ) -> None:
     save_file(model_state, folder / "model.safetensors")
-    towers = asdict(read_tower_config(trainer.config.model.name))
+    towers = asdict(trainer.model.spec)
     towers["preprocess_cfg"] = trainer.model.visual.preprocess_cfg  # of the pretrained weights, where there were some
     (folder / "model.json").write_text(json.dumps(towers, indent=1), encoding="utf-8")
     if trainer.teacher is not None and trainer.ema is not None:
@@ -159,8 +159,10 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 def checkpoint_config(checkpoint: Path) -> TrainConfig:
     """The config that a checkpoint was written with, its towers read from the checkpoint itself, weights untouched."""
     config = TrainConfig.model_validate(read_meta(checkpoint)["config"])
-    towers = {"name": str(checkpoint / "model.json"), "pretrained": None, "image_weights": None}
-    return config.model_copy(update={"model": config.model.model_copy(update=towers)})
+    built: dict[str, Any] = {"name": str(checkpoint / "model.json"), "pretrained": None, "image_size": None}
+    for tower in ("image", "text"):
+        built[tower] = getattr(config.model, tower).model_copy(update={"weights": None})
+    return config.model_copy(update={"model": config.model.model_copy(update=built)})
 
 
 def find_resumable(config: TrainConfig, data_digest: str, num_ranks: int) -> tuple[Path, int] | None:
@@ -175,7 +177,7 @@ def find_resumable(config: TrainConfig, data_digest: str, num_ranks: int) -> tup
     meta = read_meta(newest)
     config = _with_edges(config, meta)
     ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(meta["config"])
-    ours |= _flatten(read_tower_config(config.model.name).model_cfg, "towers")
+    ours |= _flatten(resolved_spec(config.model).model_cfg, "towers")
     theirs |= _flatten(json.loads((newest / "model.json").read_text(encoding="utf-8"))["model_cfg"], "towers")
     differences = [
         f"  {key}: {theirs.get(key)!r} in the checkpoint, {ours.get(key)!r} now"

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from data_prep.config import load_config
-from pretrain.config import TrainConfig
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.reader import check_batch_size
+from pretrain.train.__main__ import load_training_config
 from pretrain.train.__main__ import main as train_here
 from pretrain.train.checkpoint import find_resumable
+from pretrain.train.state import with_num_steps
 
 
 def launch(config_path: str, overrides: Sequence[str]) -> int:
@@ -20,12 +20,12 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
 
     What can be refused without towers is refused here first, so that a mistake is one message and not one a rank.
     """
-    config = load_config(config_path, list(overrides), TrainConfig)
+    config = load_training_config(config_path, overrides)
     if config.launch.num_ranks == 1 or "RANK" in os.environ:
         return train_here([config_path, *overrides])
     data = ShardedDataset(config.data.train_dir)
     check_batch_size(data, config.global_batch_size, config.launch.num_ranks)
-    find_resumable(config, data.digest, config.launch.num_ranks)
+    find_resumable(with_num_steps(config), data.digest, config.launch.num_ranks)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={config.launch.num_ranks}", "-m", "pretrain.train", config_path, *overrides]
     environment = dict(os.environ)

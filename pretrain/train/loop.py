@@ -21,8 +21,9 @@ from pretrain.train.checkpoint import list_checkpoints, resume, save_checkpoint,
 from pretrain.train.curves import loss_curves, plot_losses
 from pretrain.train.metrics import MetricsLog, reduce_terms
 from pretrain.train.schedule import learning_rate
-from pretrain.train.state import build_trainer
-from pretrain.train.step import Trainer, training_step
+from pretrain.train.state import build_trainer, with_num_steps
+from pretrain.train.step import training_step
+from pretrain.train.trainer import Trainer
 
 
 def train(config: TrainConfig) -> Path:
@@ -34,12 +35,13 @@ def train(config: TrainConfig) -> Path:
     if device.type == "cpu" and config.launch.threads_per_rank is not None:
         torch.set_num_threads(config.launch.threads_per_rank)
     initialise_process_group(device, config.engine)
+    config = with_num_steps(config)
     trainer, reader = build_trainer(with_edges_of_checkpoint(config), device)
     first_step = resume(trainer, reader.data.digest)
     log = _open_log(trainer, reader, first_step)
-    batches = read_batches(reader, first_step, config.num_steps, config.data.num_workers, pin=device.type == "cuda")
+    batches = read_batches(reader, first_step, config.steps, config.data.num_workers, pin=device.type == "cuda")
     window = _Window(first_step)
-    for step in range(first_step, config.num_steps):
+    for step in range(first_step, config.steps):
         asked_at = time.monotonic()
         batch = next(batches).to(device)
         window.waited_s += time.monotonic() - asked_at
@@ -49,12 +51,12 @@ def train(config: TrainConfig) -> Path:
         loss, terms = training_step(trainer, batch, step)
         done = step + 1
         log.advance(done)
-        if done % config.log_every == 0 or done == config.num_steps:
+        if done % config.log_every == 0 or done == config.steps:
             values = reduce_terms(loss, terms) | _state_values(trainer, batch, step) | window.values(done, config)
             log.write(done, values)
             _check_values(done, values, log)
             window = _Window(done)
-        if done % config.checkpoint_every == 0 or done == config.num_steps:
+        if done % config.checkpoint_every == 0 or done == config.steps:
             save_checkpoint(trainer, done, reader.data.digest)
             window = _Window(done)
     log.close()
@@ -71,12 +73,15 @@ def _open_log(trainer: Trainer, reader: BatchDataset, first_step: int) -> Metric
         write_atomically(config.run_dir / "config.yaml", dump_yaml(config).encode())
     # under ZeRO-3 a parameter holds this rank's part; DeepSpeed notes the whole
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
-    log = MetricsLog(config.run_dir, first_step, config.num_steps)
+    log = MetricsLog(config.run_dir, first_step, config.steps)
     log.say(
         f"{num_parameters / 1e6:.1f} M parameters, {len(reader.data)} samples, "
         f"{reader.steps_per_epoch} steps an epoch, {comm.world_size()} rank(s), from step {first_step}, "
         f"text buckets {reader.spec.bucket_edges}"
     )
+    for report in trainer.model.weight_reports:
+        for line in report.lines():
+            log.say(line)
     return log
 
 
@@ -96,7 +101,7 @@ class _Window:
 def _state_values(trainer: Trainer, batch: Batch, step: int) -> dict[str, float]:
     """All ranks call it: the temperature may lie in parts on them."""
     return {
-        "lr": learning_rate(trainer.config.optimizer, step, trainer.config.num_steps),
+        "lr": learning_rate(trainer.config.optimizer, step, trainer.config.steps),
         "logit_scale": math.exp(float(trainer.engine.full_tensor(trainer.model.logit_scale))),
         "grad_norm": float(trainer.engine.grad_norm()),
         "truncated_texts": float(comm.sum_over_ranks(torch.tensor([batch.num_truncated]))),
@@ -108,5 +113,5 @@ def _check_values(done: int, values: dict[str, float], log: MetricsLog) -> None:
         raise InputError(
             f"step {done}: the loss is {values['loss']}; lower optimizer.lr, or remove the newest checkpoints and go on"
         )
-    if values.get("local_alignment/selected_fraction") == 0.0:
+    if any(name.endswith("/selected_fraction") and value == 0.0 for name, value in values.items()):
         log.say("warning: local_alignment selects no patch (sigma too high for these towers?) and learns nothing")

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from data_prep.errors import InputError
-from pretrain.config import EmaTeacher, FrozenTeacher, TrainConfig
+from data_prep.schema import ASPECTS, Aspect
+from pretrain.config import EmaTeacher, FrozenTeacher, LocalAlignmentObjective, SiglipObjective, TrainConfig
+from pretrain.data.diagnoses import build_diagnosis_table
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.masks import check_mask
 from pretrain.data.reader import BatchDataset, ReaderSpec
@@ -17,21 +19,47 @@ from pretrain.data.tokenize import TextTokenizer
 from pretrain.data.transforms import TrainTransform
 from pretrain.distributed import comm
 from pretrain.distributed.engine import build_engine
-from pretrain.models.dual_encoder import DualEncoder
-from pretrain.models.masked import Teacher, ema_teacher, frozen_teacher
-from pretrain.models.towers import PixelNormaliser, build_open_clip, build_tokenizer, image_px, read_tower_config
+from pretrain.models.build import PixelNormaliser, build_open_clip, build_tokenizer, image_px
+from pretrain.models.dual_encoder import DualEncoder, Needs
+from pretrain.models.layers import learning_rate_scales
+from pretrain.models.masked import Teacher, build_predictor, ema_teacher, frozen_teacher
 from pretrain.objectives.build import build_objectives, find_masked_latent
-from pretrain.train.step import Trainer
+from pretrain.objectives.masked_latent import MaskedLatent
+from pretrain.train.trainer import Trainer
 
 _NUM_SAMPLES_FOR_EDGES = 512
+
+
+def with_num_steps(config: TrainConfig) -> TrainConfig:
+    """`num_epochs` turned into `num_steps`, from the number of samples."""
+    if config.num_epochs is None:
+        return config
+    steps_per_epoch = len(ShardedDataset(config.data.train_dir)) // config.global_batch_size
+    num_steps = config.num_epochs * steps_per_epoch
+    if num_steps <= config.optimizer.warmup_steps:
+        raise InputError(
+            f"num_epochs: {config.num_epochs} epochs of {config.data.train_dir} are {num_steps} steps, no more than "
+            f"optimizer.warmup_steps ({config.optimizer.warmup_steps}); lower those, or global_batch_size"
+        )
+    return config.model_copy(update={"num_steps": num_steps, "num_epochs": None})
 
 
 def build_dual_encoder(config: TrainConfig, load_pretrained: bool = True) -> DualEncoder:
     """Weights are drawn from the config's seed, so every rank starts equal. CPU, fp32."""
     torch.manual_seed(config.seed)
-    needs_patches = any(objective.kind == "local_alignment" for objective in config.objectives)
-    embed_dim = int(read_tower_config(config.model.name).model_cfg["embed_dim"])
-    return DualEncoder(build_open_clip(config.model, load_pretrained), config.model, embed_dim, needs_patches)
+    sigmoid = any(isinstance(objective, SiglipObjective) for objective in config.objectives)
+    clip = build_open_clip(config.model, load_pretrained, with_logit_bias=sigmoid)
+    masked = find_masked_latent(config.objectives)
+    needs = Needs(
+        contrastive=bool(build_objectives(config.objectives)),
+        patches=_local_alignment(config) is not None,
+        share_view=masked is not None and masked.share_view,
+    )
+    return DualEncoder(clip, config.model, needs)
+
+
+def _local_alignment(config: TrainConfig) -> LocalAlignmentObjective | None:
+    return next((o for o in config.objectives if isinstance(o, LocalAlignmentObjective)), None)
 
 
 def add_masked_latent(model: DualEncoder, config: TrainConfig) -> Teacher | None:
@@ -44,13 +72,14 @@ def add_masked_latent(model: DualEncoder, config: TrainConfig) -> Teacher | None
         teacher = frozen_teacher(masked.teacher, tuple(model.visual.grid_size))
     else:
         teacher = ema_teacher(model.visual)
-    model.add_predictor(masked, teacher.visual.token_width)
+    model.predictor = build_predictor(model.visual, teacher, masked)
     return teacher
 
 
 def resolve_bucket_edges(config: TrainConfig, data: ShardedDataset, tokenizer: TextTokenizer) -> tuple[int, ...]:
     """Edges of the text buckets: from the config, or from a fixed sample of the manifest's texts."""
-    if not tokenizer.can_trim:
+    aspects = aspects_read(config)
+    if not tokenizer.can_trim or not aspects:
         return (tokenizer.context_length,)
     if config.data.text_bucket_edges is not None:
         edges = sorted(set(config.data.text_bucket_edges) | {tokenizer.context_length})
@@ -64,10 +93,33 @@ def resolve_bucket_edges(config: TrainConfig, data: ShardedDataset, tokenizer: T
     texts = [
         text
         for first in range(num_batches)  # as a batch has them: distinct within it, repeated over batches
-        for text in {c.text for position in positions[first::num_batches] for c in data.read_sample(position).captions}
+        for text in {
+            caption.text
+            for position in positions[first::num_batches]
+            for caption in data.read_sample(position).captions
+            if caption.aspect in aspects
+        }
     ]
     lengths = np.array([len(ids) for ids in tokenizer.encode(texts)])
     return choose_bucket_edges(lengths, config.data.num_text_buckets, tokenizer.context_length)
+
+
+def aspects_read(config: TrainConfig) -> tuple[Aspect, ...]:
+    """Of the texts that some term needs the features of."""
+    read = frozenset[Aspect]().union(*(objective.aspects_read for objective in config.objectives))
+    return tuple(aspect for aspect in ASPECTS if aspect in read)
+
+
+def num_parts(config: TrainConfig) -> int:
+    """Micro-batches of a step on this rank. Raises InputError for a size that does not divide its images."""
+    images_per_rank = config.global_batch_size // comm.world_size()
+    size = config.micro_batch_size or images_per_rank
+    if images_per_rank % size:
+        raise InputError(
+            f"micro_batch_size: {size} does not divide the {images_per_rank} images of a rank (global_batch_size "
+            f"{config.global_batch_size} over {comm.world_size()} rank(s))"
+        )
+    return images_per_rank // size
 
 
 def build_reader(config: TrainConfig, model: DualEncoder, tokenizer: TextTokenizer) -> BatchDataset:
@@ -75,12 +127,16 @@ def build_reader(config: TrainConfig, model: DualEncoder, tokenizer: TextTokeniz
     masked = find_masked_latent(config.objectives)
     if masked is not None:
         check_mask(masked.mask, tuple(model.visual.grid_size))
+    soft_targets = any(getattr(objective, "ontology", None) is not None for objective in config.objectives)
     spec = ReaderSpec(
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         shards_per_block=config.data.shards_per_block,
         bucket_edges=resolve_bucket_edges(config, data, tokenizer),
-        aspects_by_term={o.kind: o.aspects for o in build_objectives(config.objectives) if o.aspects is not None},
+        aspects_by_term={objective.label: objective.aspects for objective in build_objectives(config.objectives)},
+        aspects_read=aspects_read(config),
+        diagnoses=build_diagnosis_table(data) if soft_targets else None,
+        num_parts=num_parts(config),
         mask=None if masked is None else masked.mask,
         patch_grid=None if masked is None else tuple(model.visual.grid_size),
     )
@@ -94,19 +150,23 @@ def build_trainer(config: TrainConfig, device: torch.device) -> tuple[Trainer, B
     teacher = add_masked_latent(model, config)
     reader = build_reader(config, model, build_tokenizer(config.model, model.text))
     model.train()
-    engine = build_engine(model, config.optimizer, config.engine, config.global_batch_size // comm.world_size(), device)
-    dtype = model.logit_scale.dtype
-    masked = find_masked_latent(config.objectives)
-    edges = reader.spec.bucket_edges
+    images_per_forward = config.global_batch_size // comm.world_size() // reader.spec.num_parts
+    engine = build_engine(
+        model, config.optimizer, learning_rate_scales(model, config.model), config.engine, images_per_forward, device
+    )
+    masked, local = find_masked_latent(config.objectives), _local_alignment(config)
+    edges, limit = reader.spec.bucket_edges, config.model.max_logit_scale
     trainer = Trainer(
         # with the edges that were chosen, so that the checkpoint and the run's config.yaml hold them
         config=config.model_copy(update={"data": config.data.model_copy(update={"text_bucket_edges": edges})}),
         engine=engine,
         model=model,
-        normalise=PixelNormaliser(model.visual, device, dtype),
-        objectives=build_objectives(config.objectives),
+        normalise=PixelNormaliser(model.visual, device, model.logit_scale.dtype),
+        contrastive=build_objectives(config.objectives),
+        masked_latent=None if masked is None else MaskedLatent(masked),
         teacher=None if teacher is None else teacher.to(device),
         ema=masked.teacher if masked is not None and isinstance(masked.teacher, EmaTeacher) else None,
-        max_log_scale=math.log(config.model.max_logit_scale),
+        sigma=None if local is None else local.sigma,
+        max_log_scale=None if limit is None or not model.needs.contrastive else math.log(limit),
     )
     return trainer, reader

@@ -1,60 +1,60 @@
 """One training step, to be read in one sitting.
 
-Nothing of ours in it waits for the device. (DeepSpeed reads a few scalars in its own step, and a transformers text
-tower looks at its padding mask.)
+Nothing of ours in it waits for the device (tests/unit/pretrain/test_no_synchronisation.py). DeepSpeed reads a few
+scalars in its own step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from pretrain.config import EmaTeacher, TrainConfig
 from pretrain.data.batch import Batch
 from pretrain.data.plan import step_seed
 from pretrain.distributed import comm
-from pretrain.distributed.engine import Engine, full_tensors
-from pretrain.models.dual_encoder import DualEncoder, Encoded
-from pretrain.models.masked import Teacher
-from pretrain.models.towers import PixelNormaliser
-from pretrain.objectives.base import Objective, Term
-from pretrain.objectives.features import gather_features
+from pretrain.distributed.engine import full_tensors
+from pretrain.models.dual_encoder import Encoded
+from pretrain.objectives.base import Term
+from pretrain.objectives.features import gather_features, gather_texts, select_regions, texts_of_slots
+from pretrain.train.cached import backward_cached
 from pretrain.train.schedule import ema_momentum, learning_rate
-
-
-@dataclass
-class Trainer:
-    """What a step needs. `teacher` is set where a masked-latent term is."""
-
-    config: TrainConfig
-    engine: Engine
-    model: DualEncoder  # the module inside the engine
-    normalise: PixelNormaliser
-    objectives: list[Objective]
-    teacher: Teacher | None
-    ema: EmaTeacher | None
-    max_log_scale: float
+from pretrain.train.trainer import Trainer
 
 
 def training_step(trainer: Trainer, batch: Batch, step: int) -> tuple[Tensor, dict[str, Term]]:
-    """Updates the weights; returns (W x this rank's share of the total loss, the terms by kind)."""
-    config = trainer.config
-    torch.manual_seed(step_seed(config.seed, step, comm.rank()))  # dropout: a function of the step, not of history
-
-    image_BCHW = trainer.normalise(batch.image_BCHW)
-    target_BTW = None if trainer.teacher is None else trainer.teacher(batch.image_BCHW)
-    encoded = Encoded(**trainer.engine(image_BCHW, batch))
-    features = gather_features(encoded, batch, target_BTW)
-
-    terms = {objective.kind: objective(features) for objective in trainer.objectives}
-    loss = torch.stack([objective.weight * terms[objective.kind].loss for objective in trainer.objectives]).sum()
-
-    trainer.engine.backward(loss)
-    trainer.engine.step(learning_rate(config.optimizer, step, config.num_steps))
-    trainer.engine.clamp_(trainer.model.logit_scale, trainer.max_log_scale)
+    """Updates the weights; returns (W x this rank's share of the total loss, the terms by label)."""
+    config, engine = trainer.config, trainer.engine
+    in_parts = config.micro_batch_size not in (None, batch.image_BCHW.shape[0])
+    loss, terms = (backward_cached if in_parts else backward_whole)(trainer, batch, step)
+    engine.step(learning_rate(config.optimizer, step, config.steps))
+    if trainer.max_log_scale is not None:
+        engine.clamp_(trainer.model.logit_scale, trainer.max_log_scale)
     if trainer.teacher is not None and trainer.ema is not None:
-        student = full_tensors(trainer.engine, trainer.model.visual)
-        trainer.teacher.follow(student, ema_momentum(trainer.ema, step, config.num_steps))
+        student = full_tensors(engine, trainer.model.visual)
+        trainer.teacher.follow(student, ema_momentum(trainer.ema, step, config.steps))
+    return loss, terms
+
+
+def backward_whole(trainer: Trainer, batch: Batch, step: int) -> tuple[Tensor, dict[str, Term]]:
+    """Gradients of one forward over this rank's whole share of the global batch."""
+    torch.manual_seed(step_seed(trainer.config.seed, step, comm.rank()))  # dropout: of the step, not of history
+    packed = batch.packed[0] if trainer.contrastive else None
+    image_BCHW = trainer.normalise(batch.image_BCHW)
+    encoded = Encoded(**trainer.engine(image_BCHW, packed, batch.visible_BV, batch.masked_BM))
+
+    terms = {}
+    if trainer.contrastive:
+        text_UD = gather_texts(encoded.text_RD, batch)
+        regions = None
+        if trainer.sigma is not None:
+            regions = select_regions(encoded.patch_BPD, texts_of_slots(text_UD, batch.text_BK), trainer.sigma)
+        scale, bias = encoded.logit_scale, encoded.logit_bias
+        features = gather_features(batch, encoded.image_BD, text_UD, regions, scale, bias)
+        terms = {objective.label: objective(features) for objective in trainer.contrastive}
+    if trainer.masked_latent is not None and trainer.teacher is not None:
+        target_BTW = trainer.teacher(batch.image_BCHW)
+        term = trainer.masked_latent(encoded, target_BTW, batch.visible_BV, batch.masked_BM)
+        terms[trainer.masked_latent.label] = term
+    loss = trainer.total(terms)
+    trainer.engine.backward(loss)
     return loss.detach(), terms

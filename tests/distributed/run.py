@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """`function(*arguments)` with a process group; its results (torch.save-able) in the order of the ranks."""
+def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
+    """`function(*arguments)` with a process group; its results (torch.save-able) in the order of the ranks.
+
+    Raises TimeoutError, after ending the ranks, when they take longer: two ranks that wait for each other's
+    different collectives wait for ever.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_worker, (function, world_size, folder, arguments), world_size, start_method="spawn")
+        ranks = mp.start_processes(
+            _worker, (function, world_size, folder, arguments), world_size, join=False, start_method="spawn"
+        )
+        deadline = time.monotonic() + timeout_s
+        while not ranks.join(timeout=max(0.0, deadline - time.monotonic())):
+            if time.monotonic() >= deadline:
+                for process in ranks.processes:
+                    process.kill()
+                raise TimeoutError(f"{world_size} ranks are not done with {function.__name__} after {timeout_s:.0f} s")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

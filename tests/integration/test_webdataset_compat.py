@@ -16,7 +16,7 @@ from webdataset.tariterators import tar_file_expander
 
 from pretrain.config import ModelConfig
 from pretrain.data.manifest import ShardedDataset
-from pretrain.models.towers import build_open_clip
+from pretrain.models.build import build_open_clip
 
 BATCH_SIZE = 24
 

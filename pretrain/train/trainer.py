@@ -1,0 +1,35 @@
+"""What a training step works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.config import EmaTeacher, TrainConfig
+from pretrain.distributed.engine import Engine
+from pretrain.models.build import PixelNormaliser
+from pretrain.models.dual_encoder import DualEncoder
+from pretrain.models.masked import Teacher
+from pretrain.objectives.base import Objective, Term
+from pretrain.objectives.masked_latent import MaskedLatent
+
+
+@dataclass
+class Trainer:
+    config: TrainConfig
+    engine: Engine
+    model: DualEncoder  # the module inside the engine
+    normalise: PixelNormaliser
+    contrastive: list[Objective]  # those that read Features
+    masked_latent: MaskedLatent | None
+    teacher: Teacher | None  # where there is a masked-latent term
+    ema: EmaTeacher | None
+    sigma: float | None  # of the local-alignment term, where there is one
+    max_log_scale: float | None
+
+    def total(self, terms: dict[str, Term]) -> Tensor:
+        """The weighted sum of the terms' losses."""
+        weights = {objective.label: objective.weight for objective in self.config.objectives}
+        return torch.stack([weights[label] * term.loss for label, term in terms.items()]).sum()
