@@ -202,8 +202,8 @@ class MaskedLatentObjective(_Objective):
     share_view: bool = False
     teacher: Annotated[FrozenTeacher | EmaTeacher, Field(discriminator="kind")] = EmaTeacher()
     mask: Annotated[BlockMask | RandomMask, Field(discriminator="kind")] = BlockMask()
-    predictor_depth: PositiveInt = 2
-    predictor_width: PositiveInt = 192
+    predictor_depth: PositiveInt = 4  # with the width, a sixteenth of a ViT-B/16's pass over the whole image
+    predictor_width: PositiveInt = 384
     predictor_heads: PositiveInt = 6
 
 

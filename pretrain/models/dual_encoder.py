@@ -106,8 +106,9 @@ class DualEncoder(nn.Module):
         if not self.visual.can_drop_patches:
             trunk = getattr(self.visual, "trunk", self.visual)
             raise InputError(
-                f"objectives.masked_latent: the image tower {type(trunk).__name__} cannot drop patches (a "
-                "convolution needs the whole image); use a ViT or leave the term out"
+                f"objectives.masked_latent: the image tower {type(trunk).__name__} cannot drop patches "
+                "(convolutions, relative and rotary positions need the whole image); use a plain ViT of open_clip or "
+                "timm, or leave the term out"
             )
 
     def encode_image(self, image_BCHW: Tensor, visible_BV: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from data_prep.errors import InputError
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.transforms import decode
 from pretrain.evaluation.embed import Encoder, find_checkpoint
-from pretrain.models.build import build_open_clip
+from pretrain.models.build import build_open_clip, image_px
 from pretrain.models.open_clip_config import resolve_packages
 from pretrain.train.checkpoint import checkpoint_config
 
@@ -35,6 +35,7 @@ def export(run_or_checkpoint: Path, out_dir: Path) -> Path:
     state = {name: tensor for name, tensor in state.items() if not name.startswith(_TRAINING_ONLY)}
     model = build_open_clip(config.model, load_pretrained=False, with_logit_bias="logit_bias" in state)
     model.load_state_dict(state)  # strict: every parameter of open_clip's own model, and nothing else
+    _check_resolution(model)
     for name in ("logit_scale", "logit_bias"):
         if name in state:
             state[name] = state[name].reshape(())  # as open_clip creates it
@@ -54,6 +55,16 @@ def export(run_or_checkpoint: Path, out_dir: Path) -> Path:
         if source.is_file():
             shutil.copyfile(source, out_dir / f"training_{name}")
     return out_dir
+
+
+def _check_resolution(model: Any) -> None:
+    """open_clip 3.3 builds a timm tower at its name's own resolution before it loads the weights, strictly."""
+    trunk = getattr(model.visual, "trunk", None)
+    if getattr(trunk, "pos_embed", None) is not None and image_px(model.visual) != trunk.default_cfg["input_size"][-1]:
+        raise InputError(
+            f"model.image_size: open_clip cannot load timm's ViT at {image_px(model.visual)} px from a folder; use an "
+            "open_clip ViT, or a timm name of that resolution"
+        )
 
 
 def _export_hf_text(model: Any, model_cfg: dict[str, Any], out_dir: Path) -> dict[str, Any]:

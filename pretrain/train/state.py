@@ -155,6 +155,8 @@ def build_trainer(config: TrainConfig, device: torch.device) -> tuple[Trainer, B
         model, config.optimizer, learning_rate_scales(model, config.model), config.engine, images_per_forward, device
     )
     masked, local = find_masked_latent(config.objectives), _local_alignment(config)
+    if teacher is not None and config.engine.precision == "bf16":
+        teacher.compute_dtype = torch.bfloat16  # its weights stay fp32, so that an average can move them
     edges, limit = reader.spec.bucket_edges, config.model.max_logit_scale
     trainer = Trainer(
         # with the edges that were chosen, so that the checkpoint and the run's config.yaml hold them
