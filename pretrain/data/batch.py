@@ -53,17 +53,19 @@ class PackedTexts(_OnDevice):
 class TermColumns(_OnDevice):
     """The distinct texts of the global batch that a contrastive term uses, and where each text stands among them."""
 
-    text_C: Tensor  # (C,) int64 into the U texts; C >= 1
+    text_C: Tensor  # (C,) int64 into the U texts
     column_of_text: Tensor  # (U + 1,) int64 into the C columns; C for a text that is none, and for the empty slot U
+    #: (M,) int64 into the flattened (N, K), ascending: the slots that hold the term's texts, a text once an image
+    slot_M: Tensor
+    num_slots_by_rank: list[int]  # W numbers that add up to M
 
 
 @dataclass
 class DiagnosisDistances(_OnDevice):
     """How far the diagnoses of this rank's images lie from the global batch's in the hierarchy (soft targets)."""
 
-    text_G: Tensor  # (G,) int64 into the U texts: the distinct diagnosis texts; G >= 1
-    distance_BG: Tensor  # float32, edges between the image's node and the text's; inf where the text has no node
-    is_known_N: Tensor  # bool, of all ranks' images: the diagnosis has a node
+    text_G: Tensor  # (G,) int64 into the U texts: the distinct diagnosis texts
+    distance_BG: Tensor  # float32, edges between the image's node and the text's; inf where either has none
 
 
 @dataclass

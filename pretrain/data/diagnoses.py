@@ -103,5 +103,4 @@ def diagnosis_distances(
     return DiagnosisDistances(
         text_G=torch.from_numpy(text_G),
         distance_BG=torch.from_numpy(table.distance_MM[node_N[mine, None], node_G]),
-        is_known_N=torch.from_numpy(node_N >= 0),
     )

@@ -70,15 +70,24 @@ def plan_columns(
     plan: TextPlan, aspect_NK: NDArray[np.uint8], aspects_by_term: Mapping[str, Sequence[Aspect]]
 ) -> dict[str, TermColumns]:
     """For each contrastive term the texts that stand under one of its aspects anywhere in the global batch."""
+    num_ranks, num_images = len(plan.num_texts_by_rank), len(plan.text_NK)
+    # an image's text counts once, in the first slot that holds it, whatever its aspect: as in `once_per_text`
+    pair_NK = np.arange(num_images)[:, None] * (plan.num_texts + 1) + plan.text_NK
+    _, first_slot, pair = np.unique(pair_NK, return_index=True, return_inverse=True)
     columns = {}
     for term, aspects in aspects_by_term.items():
-        codes = np.array([ASPECT_CODE[aspect] for aspect in aspects], dtype=np.uint8)
-        texts = np.unique(plan.text_NK[np.isin(aspect_NK, codes)])
-        if len(texts) == 0:
-            texts = np.zeros(1, dtype=np.int64)  # a column that nobody has weight on: the term is 0, shapes stay
+        used = np.isin(aspect_NK, [ASPECT_CODE[aspect] for aspect in aspects])
+        texts = np.unique(plan.text_NK[used])
         column_of_text = np.full(plan.num_texts + 1, len(texts), dtype=np.int64)
         column_of_text[texts] = np.arange(len(texts))
-        columns[term] = TermColumns(torch.from_numpy(texts), torch.from_numpy(column_of_text))
+        slots = np.sort(first_slot[np.unique(pair.reshape(used.shape)[used])])
+        by_rank = np.bincount(slots // (used.size // num_ranks), minlength=num_ranks)
+        columns[term] = TermColumns(
+            text_C=torch.from_numpy(texts),
+            column_of_text=torch.from_numpy(column_of_text),
+            slot_M=torch.from_numpy(slots),
+            num_slots_by_rank=by_rank.tolist(),
+        )
     return columns
 
 

@@ -6,6 +6,8 @@ share, X = C + 1 or S + 1 (a spare column, see losses/contrastive.py), D width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -27,23 +29,21 @@ class LocalAlignment:
         self.aspects = config.aspects
 
     def __call__(self, features: Features) -> Term:
-        config, regions = self.config, features.regions
+        config, batch, regions = self.config, features.batch, features.regions
         assert regions is not None
-        columns = features.batch.columns[self.label]
+        columns = batch.columns[self.label]
         text_XD = with_spare_column(features.text_UD[columns.text_C])
         weight_BK = slot_weights(features, config.aspects, config.diagnosis_weights)
         used_BK = weight_BK > 0
         weight_BK = weight_BK * (regions.num_selected_BK > 0)  # a sub-caption that selects no patch is skipped
 
-        # a region is a row with one text; whatever its image owns is no negative
-        column_BK = columns.column_of_text[features.batch.text_BK]
-        B, K = column_BK.shape
-        logits_RX = (features.logit_scale * regions.region_BKD.reshape(B * K, -1)) @ text_XD.T
-        positive_R1 = logits_RX.gather(1, column_BK.reshape(B * K, 1))
-        pair_R1 = row_pair_losses(positive_R1, hide_own(logits_RX, column_BK.repeat_interleave(K, dim=0)))
-        losses_B = weighted_mean(pair_R1.view(B, K), weight_BK)
+        column_BK = columns.column_of_text[batch.text_BK]
+        slot_R = torch.split(columns.slot_M, columns.num_slots_by_rank)[comm.rank()] - comm.rank() * column_BK.numel()
+        rows = _Rows.of(features.logit_scale, regions.region_BKD, slot_R, text_XD, column_BK)
+        pair_R = row_pair_losses(rows.positive_R1, rows.negative_RX).squeeze(1)
+        pair_BK = pair_R.new_zeros(column_BK.numel()).scatter(0, slot_R, pair_R).view_as(column_BK)
         num_images = comm.sum_over_ranks((weight_BK.sum(1) > 0).sum()).clamp_min(1)
-        loss = comm.world_size() * losses_B.sum() / num_images
+        loss = comm.world_size() * weighted_mean(pair_BK, weight_BK).sum() / num_images
         if config.text_to_region:
             loss = (loss + self._text_to_region(features, weight_BK, text_XD)) / 2
         selected = (regions.num_selected_BK * used_BK).sum()
@@ -54,13 +54,29 @@ class LocalAlignment:
         """Each text over the regions of images that do not own it; empty regions are no negatives either."""
         assert features.regions is not None
         region_NKD, weight_NK = comm.gather_with_grad(features.regions.region_BKD), comm.gather(weight_BK)
-        column_NK = features.batch.columns[self.label].column_of_text[features.batch.text_NK]
-        share = share_of_columns(column_NK, text_XD.shape[0] - 1)
-        N, K = column_NK.shape
-        own_R1, weight_R1 = share.own_NK.reshape(N * K, 1), weight_NK.reshape(N * K, 1)
-        logits_RX = (features.logit_scale * region_NKD.reshape(N * K, -1)) @ text_XD[share.column_X].T
-        negative_RX = hide_own(logits_RX, share.own_NK.repeat_interleave(K, dim=0))
-        negative_RX = negative_RX.masked_fill(weight_R1 == 0, torch.finfo(logits_RX.dtype).min)
-        pair_R1 = column_pair_losses(logits_RX.gather(1, own_R1), negative_RX, own_R1)
-        total = (weight_R1 * share.is_in_NK.reshape(N * K, 1) * pair_R1).sum()
+        columns = features.batch.columns[self.label]
+        share = share_of_columns(columns.column_of_text[features.batch.text_NK], text_XD.shape[0] - 1)
+        text_XD = text_XD[share.column_X]
+        rows = _Rows.of(features.logit_scale, region_NKD, columns.slot_M, text_XD, share.own_NK)
+        weight_M1 = weight_NK.view(-1, 1)[columns.slot_M]
+        negative_MX = rows.negative_RX.masked_fill(weight_M1 == 0, torch.finfo(text_XD.dtype).min)
+        pair_M1 = column_pair_losses(rows.positive_R1, negative_MX, rows.own_R1)
+        total = (weight_M1 * share.is_in_NK.view(-1, 1)[columns.slot_M] * pair_M1).sum()
         return comm.world_size() * total / weight_NK.sum().clamp_min(torch.finfo(weight_NK.dtype).tiny)
+
+
+@dataclass
+class _Rows:
+    """Regions as rows: each has one text of its own, and whatever its image owns is no negative."""
+
+    own_R1: Tensor  # column of the region's text
+    positive_R1: Tensor
+    negative_RX: Tensor
+
+    @classmethod
+    def of(cls, scale: Tensor, region_BKD: Tensor, slot_R: Tensor, text_XD: Tensor, column_BK: Tensor) -> _Rows:
+        """Of the slots `slot_R`, flat positions in (B, K)."""
+        own_R1 = column_BK.view(-1, 1)[slot_R]
+        logits_RX = (scale * region_BKD.flatten(0, 1).index_select(0, slot_R)) @ text_XD.T
+        negative_RX = hide_own(logits_RX, column_BK[slot_R // column_BK.shape[1]])
+        return cls(own_R1, logits_RX.gather(1, own_R1), negative_RX)

@@ -60,7 +60,11 @@ def export(run_or_checkpoint: Path, out_dir: Path) -> Path:
 def _check_resolution(model: Any) -> None:
     """open_clip 3.3 builds a timm tower at its name's own resolution before it loads the weights, strictly."""
     trunk = getattr(model.visual, "trunk", None)
-    if getattr(trunk, "pos_embed", None) is not None and image_px(model.visual) != trunk.default_cfg["input_size"][-1]:
+    if (
+        trunk is not None
+        and getattr(trunk, "pos_embed", None) is not None
+        and image_px(model.visual) != trunk.default_cfg["input_size"][-1]
+    ):
         raise InputError(
             f"model.image_size: open_clip cannot load timm's ViT at {image_px(model.visual)} px from a folder; use an "
             "open_clip ViT, or a timm name of that resolution"

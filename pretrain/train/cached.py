@@ -131,14 +131,15 @@ class _Parts:
             losses += [encoded.text_RD.sum(), _inner(encoded.logit_scale, _gradient(cache.logit_scale))]
             if cache.logit_bias is not None:
                 losses.append(_inner(encoded.logit_bias, _gradient(cache.logit_bias)))
-        return losses
+        return [*losses, _nothing(encoded)]
 
     def backward_texts(self, cache: _Cache) -> None:
         """Pass 2 of the texts: one collective brings every rank's gradients of the texts that this rank encodes."""
         (gradient_RD,) = torch.autograd.grad(cache.gathered_UD, cache.text_RD, _gradient(cache.text_UD))
         sizes = [len(packed.order_R) for packed in self.packed]
         for number, gradient in enumerate(gradient_RD.split(sizes)):
-            loss = _inner(self._encode_texts(number).text_RD, gradient)
+            encoded = self._encode_texts(number)
+            loss = _inner(encoded.text_RD, gradient) + _nothing(encoded)
             self.trainer.engine.backward(loss, last=number == len(sizes) - 1)
 
     def _encode_images(self, number: int, predict: bool, touch_texts: bool = False) -> Encoded:
@@ -184,6 +185,11 @@ def _leaf(tensor: Tensor) -> Tensor:
 def _gradient(leaf: Tensor) -> Tensor:
     """Zeros where no term reads it: local alignment alone needs no image feature."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _nothing(encoded: Encoded) -> Tensor:
+    """Zero, with a gradient: of a tower that is frozen and has no projection nothing else has one."""
+    return 0.0 * encoded.logit_scale.sum()
 
 
 def _inner(features: Tensor, gradient: Tensor) -> Tensor:

@@ -141,7 +141,8 @@ def rank_features(
 ) -> Features:
     """What the reader and the towers give one rank's objectives. Over several ranks all have to call it: it gathers."""
     rows = index_rows(captions)
-    plan = plan_texts(rows["text_hash"], rows["text_aspect"], world_size)
+    aspects_read = frozenset[Aspect]().union(*(config.aspects_read for config in configs))
+    plan = plan_texts(rows["text_hash"], rows["text_aspect"], world_size, aspects_read)
     per_rank = len(captions) // world_size
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     text_NK = torch.from_numpy(plan.text_NK)

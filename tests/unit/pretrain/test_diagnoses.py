@@ -85,7 +85,6 @@ def test_a_batch_gets_its_rows_of_the_table() -> None:
         batch = diagnosis_distances(table, plan, rows, mine)
         assert sorted(text_of[u] for u in batch.text_G.tolist()) == sorted(set(diagnosis) - {None})
         assert batch.distance_BG.dtype == torch.float32
-        assert batch.is_known_N.tolist() == [bool(text and PATHS[text]) for text in diagnosis]
         for own, distance_G in zip(diagnosis[mine], batch.distance_BG.tolist(), strict=True):
             for text, distance in zip((text_of[u] for u in batch.text_G.tolist()), distance_G, strict=True):
                 known = own is not None and bool(PATHS[own]) and bool(PATHS[text])
@@ -100,7 +99,6 @@ def test_a_batch_without_a_diagnosis_and_a_text_that_the_table_does_not_know() -
             batch = diagnosis_distances(table, plan, rows, slice(0, 1))
             assert batch.text_G.dtype == torch.int64 and batch.text_G.tolist() == [0] * len(distances[0])
             assert batch.distance_BG.dtype == torch.float32 and batch.distance_BG.tolist() == distances
-            assert batch.is_known_N.tolist() == [False]
 
 
 def test_a_million_rows_take_seconds() -> None:

@@ -350,6 +350,12 @@ def test_the_check_for_waiting_catches_what_it_should() -> None:
             wait()
 
 
+def test_a_sigmoid_term_without_a_text_is_zero() -> None:
+    case = make_case(plain(3))
+    (term,) = ours(case, plain(3), SiglipObjective(aspects=(Aspect.DIAGNOSIS,)))
+    assert term.loss.item() == 0 and gradients(term.loss, case).norm() == 0
+
+
 def test_statistics_count_texts_weights_and_soft_targets() -> None:
     case = make_case()
     (term,) = ours(case, CAPTIONS, MultiAspectObjective(diagnosis_weights=None, ontology=OntologyTargets()))

@@ -192,8 +192,13 @@ def test_ranks_together_read_the_whole_batch(prepared_dir: Path, world_size: int
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
     for part in parts:
         assert torch.equal(part.text_NK, whole.text_NK) and part.num_texts == whole.num_texts
-        for (name, value), (_, other) in zip(leaves(part.columns), leaves(whole.columns), strict=True):
-            assert isinstance(value, Tensor) and isinstance(other, Tensor) and torch.equal(value, other), name
+        assert set(part.columns) == set(whole.columns)
+        for label, columns in part.columns.items():
+            for name in ("text_C", "column_of_text", "slot_M"):
+                assert torch.equal(getattr(columns, name), getattr(whole.columns[label], name)), name
+            assert (
+                sum(columns.num_slots_by_rank) == len(columns.slot_M) and len(columns.num_slots_by_rank) == world_size
+            )
         assert len(part.packed[0].bucket_tokens) == len(SPEC.bucket_edges)  # the same forwards on every rank
     assert sum(len(part.packed[0].order_R) for part in parts) == whole.num_texts == len(whole.packed[0].order_R)
     for row, same in zip(token_rows(parts), token_rows([whole]), strict=True):

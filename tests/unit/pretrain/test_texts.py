@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from data_prep.schema import ASPECT_CODE, MAX_CAPTIONS, NO_ASPECT_CODE, SUBCAPTION_ASPECTS, Aspect, text_hash
 from pretrain.data.texts import TextPlan, choose_bucket_edges, pack, plan_columns, plan_texts
+from pretrain.losses.weights import once_per_text
 
 Captions = list[list[tuple[Aspect, str]]]  # by image
 
@@ -112,10 +114,27 @@ def test_columns_are_the_texts_under_a_terms_aspects(seed: int) -> None:
         assert column_of_text[plan.num_texts] == len(text_C) and len(column_of_text) == plan.num_texts + 1
 
 
-def test_a_term_without_a_text_keeps_one_column() -> None:
+def test_a_term_without_a_text_has_no_column() -> None:
     hashes, aspects = arrays([[(Aspect.CAPTION, "a")], [(Aspect.CAPTION, "b")]])
-    columns = plan_columns(plan_texts(hashes, aspects, 1), aspects, {"local": SUBCAPTION_ASPECTS})
-    assert columns["local"].text_C.shape == (1,)
+    columns = plan_columns(plan_texts(hashes, aspects, 2), aspects, {"local": SUBCAPTION_ASPECTS})["local"]
+    assert columns.text_C.shape == columns.slot_M.shape == (0,)
+    assert columns.column_of_text.tolist() == [0, 0, 0] and columns.num_slots_by_rank == [0, 0]
+
+
+def test_the_slots_of_a_term_are_those_that_hold_the_weight_of_its_texts() -> None:
+    images: Captions = [
+        [(Aspect.CAPTION, "a"), (Aspect.MORPHOLOGY, "b"), (Aspect.HISTORY, "b"), (Aspect.OTHER, "a")],
+        [(Aspect.CAPTION, "c"), (Aspect.MORPHOLOGY, "b")],
+        [(Aspect.CAPTION, "c")],
+        [(Aspect.CAPTION, "d"), (Aspect.OTHER, "e"), (Aspect.HISTORY, "b")],
+    ]
+    hashes, aspects = arrays(images)
+    plan = plan_texts(hashes, aspects, 2)
+    columns = plan_columns(plan, aspects, {"local": SUBCAPTION_ASPECTS})["local"]
+    weights = torch.from_numpy(np.isin(aspects, [ASPECT_CODE[aspect] for aspect in SUBCAPTION_ASPECTS])).float()
+    weights = once_per_text(torch.from_numpy(plan.text_NK), weights)
+    assert columns.slot_M.tolist() == weights.flatten().nonzero().squeeze(1).tolist()
+    assert columns.num_slots_by_rank == [3, 2]
 
 
 # ---------------------------------------------------------------------------------------------- packing
