@@ -275,6 +275,12 @@ class TrainConfig(Frozen):
         for kind in ("siglip", "local_alignment", "masked_latent"):
             if kinds.count(kind) > 1:
                 raise ValueError(f"objectives: {kind} can appear once")
+        if "masked_latent" in kinds and self.model.image.frozen:
+            raise ValueError(
+                "objectives: masked_latent trains the image tower, and model.image.frozen keeps it as it is"
+            )
+        if self.model.init_logit_bias is not None and "siglip" not in kinds:
+            raise ValueError("model.init_logit_bias: only siglip has a bias")
         if "siglip" in kinds and self.model.max_logit_scale is not None:
             raise ValueError("objectives: siglip is published without a clamp; set model.max_logit_scale: null")
         return self

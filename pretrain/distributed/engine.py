@@ -43,6 +43,9 @@ class Engine(Protocol):
     def full_tensor(self, parameter: nn.Parameter) -> Tensor:
         """The whole parameter as the optimizer holds it (fp32), on every rank. All ranks call it."""
 
+    def full_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The module's buffers by name, in fp32."""
+
     def save(self, folder: Path) -> None:
         """This rank's part of the state. All ranks call it."""
 
@@ -155,6 +158,9 @@ class TorchEngine:
     def full_tensor(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
 
+    def full_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.module.named_buffers()
+
     def save(self, folder: Path) -> None:
         if comm.rank() == 0:
             state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
@@ -205,6 +211,10 @@ class DeepSpeedEngine:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # its use of torch
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
         self._deepspeed, self._zero_stage, self._is_fp32 = deepspeed, config.zero_stage, config.precision == "fp32"
+        # DeepSpeed keeps fp32 masters of what learns alone, so what does not is kept here, where the towers are rounded
+        frozen = [p for p in module.parameters() if not p.requires_grad] if not self._is_fp32 else []
+        self._frozen_fp32 = {id(parameter): parameter.detach().clone() for parameter in frozen}
+        self._buffers_fp32 = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
         module = module.to(device)
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -212,6 +222,11 @@ class DeepSpeedEngine:
             config=deepspeed_config(optimizer, config, micro_batch_size),
         )
         self.module = self._engine.module
+        for norm in self.module.modules():  # DeepSpeed leaves its buffers in fp32, which batch_norm refuses
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine:
+                for buffer in norm.buffers():
+                    if buffer.is_floating_point():
+                        buffer.data = buffer.to(norm.weight.dtype)
         self._norm: Tensor | float = 0.0
 
     def __call__(self, *args: Any) -> dict[str, Any]:
@@ -243,7 +258,13 @@ class DeepSpeedEngine:
         if self._zero_stage > 0 or not self._is_fp32:
             utils.safe_set_full_fp32_param(parameter, utils.safe_get_full_fp32_param(parameter).clamp(max=maximum))
 
+    def full_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for name, buffer in self.module.named_buffers():  # statistics that move are refused in bf16
+            yield name, buffer if self._is_fp32 else self._buffers_fp32[name]
+
     def full_tensor(self, parameter: nn.Parameter) -> Tensor:
+        if id(parameter) in self._frozen_fp32:
+            return self._frozen_fp32[id(parameter)]
         if parameter.requires_grad and not (self._is_fp32 and self._zero_stage < 3):
             return self._deepspeed.utils.safe_get_full_fp32_param(parameter).detach()
         if self._zero_stage < 3:

@@ -136,6 +136,9 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
+_TOKENIZER_KWARGS = {"clean", "strip_sep_token", "language"}
+
+
 def build_tokenizer(config: ModelConfig, text_tower: nn.Module) -> TextTokenizer:
     """The tokenizer that belongs to the text tower, and whether that tower takes trimmed texts.
 
@@ -144,12 +147,17 @@ def build_tokenizer(config: ModelConfig, text_tower: nn.Module) -> TextTokenizer
     text_cfg = resolve_packages(resolved_spec(config).model_cfg)["text_cfg"]
     context_length = int(text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH))
     kwargs = text_cfg.get("tokenizer_kwargs", {})
+    # open_clip hands what it does not know to transformers, where a downloaded config could ask for its own code
+    if unknown := kwargs.keys() - _TOKENIZER_KWARGS:
+        raise InputError(f"model.name: {config.name}: tokenizer_kwargs {sorted(unknown)} are not taken from a config")
     ends_apart = True
     if text_cfg.get("hf_tokenizer_name"):
         name = text_cfg["hf_tokenizer_name"]
         mode = text_cfg.get("tokenizer_mode")
         try:
-            tokenizer: Any = open_clip.tokenizer.HFTokenizer(name, context_length, tokenizer_mode=mode, **kwargs)
+            tokenizer: Any = open_clip.tokenizer.HFTokenizer(
+                name, context_length, tokenizer_mode=mode, trust_remote_code=False, **kwargs
+            )
         except (OSError, ValueError) as error:
             raise InputError(f"model.name: {config.name}: its tokenizer {name!r} cannot be read: {error}") from error
         pad_id = tokenizer.tokenizer.pad_token_id

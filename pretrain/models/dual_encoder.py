@@ -17,10 +17,10 @@ from open_clip.model import CustomTextCLIP
 from torch import Tensor
 
 from data_prep.errors import InputError
-from pretrain.config import ModelConfig
+from pretrain.config import ModelConfig, TrainConfig
 from pretrain.data.batch import PackedTexts
 from pretrain.models.image_towers import expose_tokens
-from pretrain.models.layers import freeze_layers, freeze_tower
+from pretrain.models.layers import freeze_layers, freeze_tower, pooling_names, projection_names
 from pretrain.models.masked import LatentPredictor
 from pretrain.models.open_clip_config import OpenClipConfig
 from pretrain.models.text_towers import allow_trimmed
@@ -44,7 +44,8 @@ class Encoded:
 class Needs:
     """What the objectives ask of the module."""
 
-    contrastive: bool = True  # image and text features
+    contrastive: bool = True  # text features, and those of images or their patches
+    image: bool = True  # image features; local alignment alone reads patches only
     patches: bool = False  # patch features in the joint space
     share_view: bool = False  # contrastive features from the masked student's pass
 
@@ -75,13 +76,17 @@ class DualEncoder(nn.Module):
             if settings.frozen:
                 freeze_tower(tower)
                 self._in_eval.append(tower)
-        if not self.needs.contrastive:  # without a gradient weight decay alone would move these
+        # what has no gradient would be moved by weight decay alone
+        if not self.needs.contrastive:
             self.text.requires_grad_(False)
             self.logit_scale.requires_grad_(False)
-            head = getattr(self.visual, "proj", None)
-            head = getattr(self.visual, "head", None) if head is None else head
-            if head is not None:
-                head.requires_grad_(False)
+            if self.logit_bias is not None:
+                self.logit_bias.requires_grad_(False)
+        if not self.needs.image and not (self.needs.patches and self.visual.has_linear_pooling):
+            unread = projection_names(self.visual) | pooling_names(self.visual)
+            for name, parameter in self.visual.named_parameters():
+                if name in unread:
+                    parameter.requires_grad_(False)
         if config.freeze_batch_norm:
             self._in_eval += [m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
@@ -91,15 +96,20 @@ class DualEncoder(nn.Module):
             module.eval()
         return self
 
-    def check_batch_norm(self, world_size: int) -> None:
-        """Raises InputError where batch statistics would differ between ranks."""
-        if self.visual in self._in_eval:
-            return
+    def check_batch_norm(self, world_size: int, num_parts: int, config: TrainConfig) -> None:
+        """Raises InputError where a batch's statistics would be another batch's, or move twice, or be rounded."""
         norms = [m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if world_size > 1 and any(module not in self._in_eval for module in norms):
-            raise InputError(
-                "model.freeze_batch_norm: false on more than one rank: each would use its own batch's statistics"
-            )
+        if self.visual in self._in_eval or all(module in self._in_eval for module in norms):
+            return
+        reasons = {
+            "on more than one rank each would use its own batch's statistics": world_size > 1,
+            "with micro_batch_size each part would use its own": num_parts > 1,
+            "with activation_checkpointing they would move twice a step": config.model.activation_checkpointing,
+            "engine.precision bf16 would round them": config.engine.precision == "bf16",
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise InputError(f"model.freeze_batch_norm: false: {reason}; set it to true")
 
     def require_droppable_patches(self) -> None:
         """Raises InputError for a tower that cannot encode a part of its patches."""

@@ -189,7 +189,8 @@ def _open_clip_name(name: str) -> str:
 
 def has_class_position(position_PW: Tensor) -> bool:
     """Whether position embeddings of a square grid begin with one for the class token."""
-    return math.isqrt(len(position_PW) - 1) ** 2 == len(position_PW) - 1
+    num_patches = len(position_PW) - 1
+    return num_patches >= 0 and math.isqrt(num_patches) ** 2 == num_patches
 
 
 def timm_to_open_clip(state: State, tower: VisionTransformer) -> State:

@@ -94,6 +94,16 @@ def projection_names(tower: nn.Module) -> set[str]:
     return {name for name in tower.state_dict() if f"{name}.".startswith(prefixes)}
 
 
+def pooling_names(tower: nn.Module) -> set[str]:
+    """The tensors of an attention pooling that patch features and latents do not pass; empty for linear pooling."""
+    if isinstance(tower, ModifiedResNet):
+        return {name for name in tower.state_dict() if name.startswith("attnpool.")}
+    names = {name for name in tower.state_dict() if ".attn_pool." in f".{name}" and ".ln_k." not in name}
+    if names and not isinstance(tower, TimmModel):
+        names |= {name for name in tower.state_dict() if name.startswith("ln_post.")}  # norms what was pooled
+    return names | {name for name in tower.state_dict() if name.startswith("head.pool.")}
+
+
 def freeze_layers(tower: nn.Module, num_blocks: int) -> None:
     """The embeddings and the first `num_blocks` blocks learn no more; 0 freezes nothing.
 

@@ -100,6 +100,10 @@ def load_weights(model: CustomTextCLIP, config: ModelConfig) -> list[WeightRepor
     return reports
 
 
+#: what torch and the key maps say of tensors of impossible shapes
+_MISSHAPEN = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+
+
 @dataclass(frozen=True)
 class _Part:
     """What a file is loaded into, and what is said when it does not fit."""
@@ -122,6 +126,10 @@ def _load_whole(model: CustomTextCLIP, config: ModelConfig) -> WeightReport:
         state = _open_clip_names(model, state)
     except KeyError as error:
         raise InputError(f"{field}: a whole model of its format has {error}, this file has not") from None
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from None
+    except _MISSHAPEN as error:
+        raise InputError(f"{field}: its tensors do not fit one another ({error})") from None
     remedy = (
         "take the model config that the weights were made with, load the part that fits with model.image.weights or "
         "model.text.weights, or raise model.max_missing"
@@ -151,6 +159,8 @@ def _load_tower(model: CustomTextCLIP, tower: TowerName, weights: Weights) -> We
         raise InputError(f"{field}: key_map {weights.key_map} needs {error}, which the file has not") from None
     except InputError as error:
         raise InputError(f"{field}: {error}") from None
+    except _MISSHAPEN as error:
+        raise InputError(f"{field}: its tensors do not fit one another ({error})") from None
     remedy = (
         f"the file's keys begin with {_beginnings(file)}; set `prefix` to the part that is this tower, `key_map` to "
         f"the file's format ({', '.join(KEY_MAPS)}), or raise `max_missing`"
@@ -280,7 +290,10 @@ def read_state_dict(path: Path, field: str) -> State:
             f"{field}: {path.name} cannot be read as tensors alone ({reason}); save its state dict as safetensors, "
             "on a machine where the file may be trusted"
         ) from None
-    while wrapper := next((key for key in _WRAPPERS if isinstance(content, dict) and _is_dict(content.get(key))), None):
+    for _ in range(4):  # a dictionary can hold itself
+        wrapper = next((key for key in _WRAPPERS if isinstance(content, dict) and _is_dict(content.get(key))), None)
+        if wrapper is None:
+            break
         content = content[wrapper]
     state = {str(name): t for name, t in content.items() if isinstance(t, Tensor)} if _is_dict(content) else {}
     if not state:

@@ -35,7 +35,7 @@ def export(run_or_checkpoint: Path, out_dir: Path) -> Path:
     state = {name: tensor for name, tensor in state.items() if not name.startswith(_TRAINING_ONLY)}
     model = build_open_clip(config.model, load_pretrained=False, with_logit_bias="logit_bias" in state)
     model.load_state_dict(state)  # strict: every parameter of open_clip's own model, and nothing else
-    _check_resolution(model)
+    _check_tower(model)
     for name in ("logit_scale", "logit_bias"):
         if name in state:
             state[name] = state[name].reshape(())  # as open_clip creates it
@@ -57,8 +57,11 @@ def export(run_or_checkpoint: Path, out_dir: Path) -> Path:
     return out_dir
 
 
-def _check_resolution(model: Any) -> None:
-    """open_clip 3.3 builds a timm tower at its name's own resolution before it loads the weights, strictly."""
+def _check_tower(model: Any) -> None:
+    """Raises InputError for a timm tower that open_clip could not build from the folder."""
+    if str(model.spec.model_cfg["vision_cfg"].get("timm_model_name")).startswith("tiny_"):
+        raise InputError("model.tiny: timm knows this tower in our process alone; trials of it cannot be exported")
+    # open_clip 3.3 builds a tower at its name's own resolution before it loads the weights, strictly
     trunk = getattr(model.visual, "trunk", None)
     if (
         trunk is not None
@@ -79,7 +82,7 @@ def _export_hf_text(model: Any, model_cfg: dict[str, Any], out_dir: Path) -> dic
     """
     resolved = resolve_packages(model_cfg)["text_cfg"]
     model.text.config.save_pretrained(out_dir)
-    open_clip.tokenizer.HFTokenizer(resolved["hf_tokenizer_name"]).save_pretrained(out_dir)
+    open_clip.tokenizer.HFTokenizer(resolved["hf_tokenizer_name"], trust_remote_code=False).save_pretrained(out_dir)
     return {
         **model_cfg["text_cfg"],
         "hf_model_name": str(out_dir.resolve()),

@@ -116,7 +116,7 @@ def _full_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     for name, tensor in full_tensors(trainer.engine, module):
         if comm.rank() == 0:
             state[name] = tensor.cpu()
-    return _contiguous(state | {name: b for name, b in module.named_buffers() if name in persistent})
+    return _contiguous(state | {name: b for name, b in trainer.engine.full_buffers() if name in persistent})
 
 
 def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

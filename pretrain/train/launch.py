@@ -25,7 +25,9 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
         return train_here([config_path, *overrides])
     data = ShardedDataset(config.data.train_dir)
     check_batch_size(data, config.global_batch_size, config.launch.num_ranks)
-    find_resumable(with_num_steps(config), data.digest, config.launch.num_ranks)
+    # the edges of the text buckets depend on the tokenizer: the ranks compare them
+    open_edges = config.model_copy(update={"data": config.data.model_copy(update={"text_bucket_edges": None})})
+    find_resumable(with_num_steps(open_edges), data.digest, config.launch.num_ranks)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={config.launch.num_ranks}", "-m", "pretrain.train", config_path, *overrides]
     environment = dict(os.environ)

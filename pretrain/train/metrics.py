@@ -32,7 +32,8 @@ def reduce_terms(loss: Tensor, terms: dict[str, Term]) -> dict[str, float]:
     reduced = comm.sum_over_ranks(torch.stack(values)).tolist()
     result = {name: value / comm.world_size() for name, value in zip(names[:means], reduced[:means], strict=True)}
     pairs = zip(reduced[means::2], reduced[means + 1 :: 2], strict=True)
-    result |= {name: total / max(count, 1e-12) for name, (total, count) in zip(names[means:], pairs, strict=True)}
+    counted = {name: pair for name, pair in zip(names[means:], pairs, strict=True) if pair[1] > 0}
+    result |= {name: total / count for name, (total, count) in counted.items()}
     return result
 
 

@@ -50,8 +50,10 @@ def build_dual_encoder(config: TrainConfig, load_pretrained: bool = True) -> Dua
     sigmoid = any(isinstance(objective, SiglipObjective) for objective in config.objectives)
     clip = build_open_clip(config.model, load_pretrained, with_logit_bias=sigmoid)
     masked = find_masked_latent(config.objectives)
+    contrastive = build_objectives(config.objectives)
     needs = Needs(
-        contrastive=bool(build_objectives(config.objectives)),
+        contrastive=bool(contrastive),
+        image=any(objective.label != getattr(_local_alignment(config), "label", None) for objective in contrastive),
         patches=_local_alignment(config) is not None,
         share_view=masked is not None and masked.share_view,
     )
@@ -146,7 +148,7 @@ def build_reader(config: TrainConfig, model: DualEncoder, tokenizer: TextTokeniz
 
 def build_trainer(config: TrainConfig, device: torch.device) -> tuple[Trainer, BatchDataset]:
     model = build_dual_encoder(config)
-    model.check_batch_norm(comm.world_size())
+    model.check_batch_norm(comm.world_size(), num_parts(config), config)
     teacher = add_masked_latent(model, config)
     reader = build_reader(config, model, build_tokenizer(config.model, model.text))
     model.train()

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from data_prep.config import load_config
 from pretrain.cli import main
+from pretrain.config import TrainConfig
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.plan import epoch_order
-from pretrain.evaluation.embed import load_encoder
+from pretrain.evaluation.embed import load_encoder, untrained_encoder
 from pretrain.publish.export import check_export, export
 from pretrain.train.checkpoint import list_checkpoints
 from pretrain.train.metrics import read_metrics
+from tests.conftest import TINY_MODEL
 from tests.integration.conftest import val_dir, write_config
 from tests.integration.test_train import run
 
@@ -126,3 +129,46 @@ def test_frozen_teacher_is_not_needed_to_evaluate(
     assert main(["train", str(write_config(tmp_path / "run.yaml", run_config)), "num_steps=3"]) == 0
     teacher.unlink()
     assert math.isfinite(load_encoder(Path(run_config["run_dir"])).logit_scale)
+
+
+def test_two_ranks_go_on_with_edges_of_their_own(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """The checkpoint holds the edges with the context length added; the config does not."""
+    run_config |= {"objectives": [{"kind": "clip"}], "num_steps": 3, "launch": {"num_ranks": 2, "threads_per_rank": 1}}
+    run_config["data"] |= {"text_bucket_edges": [16, 32]}
+    path = str(write_config(tmp_path / "run.yaml", run_config))
+    assert main(["train", path]) == 0
+    assert main(["train", path]) == 0  # nothing left to do, and nothing to refuse
+
+
+CONVOLUTION = {"timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64}
+
+
+def test_batch_norm_in_bf16_keeps_its_statistics(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """DeepSpeed rounds the parameters only; what does not learn comes out of the checkpoint as it went in."""
+    (tmp_path / "model.json").write_text(json.dumps({"model_cfg": TINY_MODEL | {"vision_cfg": CONVOLUTION}}))
+    run_config["model"] = {"name": str(tmp_path / "model.json"), "text": {"frozen": True}}
+    run_config |= {"objectives": [{"kind": "clip"}], "num_steps": 3}
+    run_config["engine"] = {"kind": "deepspeed", "precision": "bf16", "zero_stage": 1}
+    path = write_config(tmp_path / "run.yaml", run_config)
+    assert run(path, 1).returncode == 0
+    start = untrained_encoder(load_config(path, [], TrainConfig)).model.state_dict()
+    trained = load_encoder(Path(run_config["run_dir"])).model.state_dict()
+    statistics = [name for name in start if "running_" in name]
+    frozen = [name for name in start if name.startswith("text.") and name != "text.text_projection"]
+    assert statistics and frozen and all(torch.equal(trained[name], start[name]) for name in statistics + frozen)
+    assert not torch.equal(trained["visual.head.proj.weight"], start["visual.head.proj.weight"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"micro_batch_size": 4}, {"engine": {"kind": "deepspeed", "precision": "bf16", "zero_stage": 1}}],
+    ids=["parts", "bf16"],
+)
+def test_statistics_that_would_move_wrongly_are_refused(
+    run_config: dict[str, Any], tmp_path: Path, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.json").write_text(json.dumps({"model_cfg": TINY_MODEL | {"vision_cfg": CONVOLUTION}}))
+    run_config["model"] = {"name": str(tmp_path / "model.json"), "freeze_batch_norm": False}
+    run_config |= {"objectives": [{"kind": "clip"}], **change}
+    assert main(["train", str(write_config(tmp_path / "run.yaml", run_config))]) == 2
+    assert "model.freeze_batch_norm: false" in capsys.readouterr().err

@@ -223,3 +223,14 @@ def test_pixels_are_normalised_as_open_clip_does(tmp_path: Path) -> None:
     actual = normalise(pixels.permute(2, 0, 1)[None])
     assert actual.dtype == torch.float64
     torch.testing.assert_close(actual[0].float(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_config_cannot_ask_for_code(tmp_path: Path) -> None:
+    """open_clip hands unknown arguments to transformers, which would run a repository's own Python for this one."""
+    text = TINY_MODEL["text_cfg"] | {
+        "hf_tokenizer_name": str(tmp_path),
+        "tokenizer_kwargs": {"trust_remote_code": True},
+    }
+    path = write(tmp_path / "model.json", {"text_cfg": text})
+    with pytest.raises(InputError, match=r"tokenizer_kwargs \['trust_remote_code'\] are not taken"):
+        build_tokenizer(ModelConfig(name=str(path)), torch.nn.Identity())

@@ -376,3 +376,20 @@ def timm_tower(name: str, pool: str, proj: str = "linear", **changes: Any) -> Ti
     if proj == "linear":
         tower.head.proj = nn.Linear(tower.trunk.num_features, 32, bias=False)
     return tower.eval()
+
+
+def test_a_file_that_holds_itself_ends(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"epoch": torch.zeros(2)}
+    content["model"] = content
+    torch.save(content, tmp_path / "loop.pt")
+    with pytest.raises(InputError, match=r"model.pretrained: .*loop.pt"):
+        load_weights(clip(0), whole(tmp_path / "loop.pt"))
+
+
+def test_impossible_shapes_are_named(tmp_path: Path) -> None:
+    state = clip(1).state_dict() | {"visual.positional_embedding": torch.zeros(0, 32)}
+    with pytest.raises(InputError, match=r"visual.positional_embedding"):
+        load_weights(clip(0), whole(saved(tmp_path / "odd.safetensors", state)))
+    mobile_clip = {"image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight": torch.zeros(2)}
+    with pytest.raises(InputError, match=r"model.pretrained: .*do not fit one another"):
+        load_weights(clip(0), whole(saved(tmp_path / "mobile.safetensors", mobile_clip)))
