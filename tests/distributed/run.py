@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
+def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 600.0) -> list[Any]:
     """`function(*arguments)` with a process group; its results (torch.save-able) in the order of the ranks.
 
     Raises TimeoutError, after ending the ranks, when they take longer: two ranks that wait for each other's

@@ -23,18 +23,20 @@ from pretrain.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 
-CLIP = {"kind": "clip"}
-SECOND_CLIP = {
+Objective = dict[str, Any]  # an entry of the config's `objectives`
+
+CLIP: Objective = {"kind": "clip"}
+SECOND_CLIP: Objective = {
     "kind": "clip",
     "name": "findings",
     "aspects": ["visual_concepts", "morphology", "body_site"],
     "weight": 0.5,
     "own_captions_as_negatives": True,
 }
-MULTI_ASPECT = {"kind": "multi_aspect", "ontology": {"alpha": 0.3}}
-SIGLIP = {"kind": "siglip", "weight": 0.2}
-LOCAL_ALIGNMENT = {"kind": "local_alignment", "sigma": 0.0, "text_to_region": True}
-MASKED_LATENT = {
+MULTI_ASPECT: Objective = {"kind": "multi_aspect", "ontology": {"alpha": 0.3}}
+SIGLIP: Objective = {"kind": "siglip", "weight": 0.2}
+LOCAL_ALIGNMENT: Objective = {"kind": "local_alignment", "sigma": 0.0, "text_to_region": True}
+MASKED_LATENT: Objective = {
     "kind": "masked_latent",
     "teacher": {"kind": "ema", "momentum_start": 0.9},
     "mask": {"kind": "random", "ratio": 0.5},
@@ -46,14 +48,14 @@ CONTRASTIVE = [CLIP, SECOND_CLIP, MULTI_ASPECT, SIGLIP, LOCAL_ALIGNMENT]
 EVERYTHING = [*CONTRASTIVE, MASKED_LATENT]
 
 
-def masked_latent(teacher_path: Path | None = None, share_view: bool = False) -> dict[str, Any]:
+def masked_latent(teacher_path: Path | None = None, share_view: bool = False) -> Objective:
     """With a frozen teacher of the structure at `teacher_path`, by default with the student's moving average."""
     teacher = MASKED_LATENT["teacher"] if teacher_path is None else {"kind": "frozen", "name": str(teacher_path)}
     return MASKED_LATENT | {"teacher": teacher, "share_view": share_view}
 
 
 def run_config(
-    prepared_dir: Path, model: Path | dict[str, Any], objectives: Sequence[dict[str, Any]], **changes: Any
+    prepared_dir: Path, model: Path | dict[str, Any], objectives: Sequence[Objective], **changes: Any
 ) -> TrainConfig:
     """Eight images a step over all ranks; the plain engine; gradients are clipped in every step."""
     model = model if isinstance(model, dict) else {"name": str(model)}

@@ -109,6 +109,7 @@ def counted(prepared_dir: Path, tiny_model_path: Path) -> dict[str, tuple[Calls,
 
 def test_clip(counted: dict[str, tuple[Calls, Step]]) -> None:
     calls, step = counted["clip"]
+    assert step.num_texts <= B  # captions of other aspects, which no term reads, are not encoded
     assert calls == step.texts + step.images + step.weights + step.gradients
 
 

@@ -66,8 +66,10 @@ def expected(plain: dict[str, TrainConfig]) -> Results:
 
 
 def follows(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
-    names = [name for name in ours if not name.startswith(("gradient/", "num_texts"))]
-    compare({name: ours[name] for name in names}, {name: reference[name] for name in names}, tolerance=1e-5)
+    """Losses to 1e-5; what is read off and the updates of the weights to what fp32 leaves of them after three steps."""
+    for kinds, tolerance in ((("loss",), 1e-5), (("statistic", "update", "teacher"), 5e-5)):
+        names = [name for name in ours if name.startswith(kinds)]
+        compare({name: ours[name] for name in names}, {name: reference[name] for name in names}, tolerance)
 
 
 def test_one_rank(plain: dict[str, TrainConfig], expected: Results) -> None:
@@ -83,7 +85,7 @@ def two_ranks(plain: dict[str, TrainConfig]) -> list[Results]:
         configs[f"checkpointed {parts}"] = deepspeed(plain["checkpointed"], 3, parts)
         configs[f"repeated {parts}"] = deepspeed(plain["repeated"], 3, parts)
         configs |= {f"bf16 {s} {parts}": deepspeed(plain["everything"], s, parts, "bf16") for s in (1, 3)}
-    return run_on_ranks(run_all, 2, configs, timeout_s=240)
+    return run_on_ranks(run_all, 2, configs)
 
 
 def test_two_ranks(two_ranks: list[Results], expected: Results) -> None:
