@@ -51,7 +51,7 @@ from pretrain.train.metrics import read_metrics
 
 RECALL_AT = (1, 5, 10)
 
-#: A ViT of 1.0 M parameters at 128 px and a causal text tower of two layers, both from random weights.
+#: A ViT of 0.5 M parameters at 128 px and a causal text tower of two layers, both from random weights.
 MODEL: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 128, "patch_size": 16, "width": 96, "layers": 4, "head_width": 32},

@@ -125,13 +125,13 @@ def pack(tokens: Sequence[NDArray[np.int64]], bucket_edges: Sequence[int], pad_i
 
 
 def choose_bucket_edges(lengths: NDArray[np.int64], num_buckets: int, context_length: int) -> tuple[int, ...]:
-    """The ascending edges, multiples of 8, that pad a batch's texts to the fewest tokens; the last is the context.
+    """The ascending edges that pad a batch's texts to the fewest tokens; the last is the context.
 
     Args:
         lengths: token lengths of the distinct texts of a few batches (not of the manifest: short texts that stand
             in every batch count in each).
     """
-    edges = [*range(8, context_length, 8), context_length]
+    edges = [*range(1, context_length), context_length]
     below = np.searchsorted(np.sort(lengths), [0, *edges], side="right")
     ordered = np.concatenate([[0], np.sort(lengths)])
 
