@@ -77,7 +77,7 @@ def wholes(prepared_dir: Path, tiny_model_path: Path, unprojected_path: Path) ->
         "sigmoid alone": [SIGLIP],
         "regions alone": [LOCAL_ALIGNMENT],
         "masked latent alone": [MASKED_LATENT],
-        "frozen towers": EVERYTHING,
+        "frozen towers": CONTRASTIVE,
         "nothing learns but the scale": [CLIP, SIGLIP],
         "checkpointed activations": EVERYTHING,
     }

@@ -84,7 +84,13 @@ def test_values_out_of_range_and_missing_keys_are_named(path: Path) -> None:
 
 
 def test_checks_across_fields(path: Path) -> None:
-    assert "each kind of objective can appear once" in message(path, "objectives=[{kind: clip}, {kind: clip}]")
+    two_clips = message(path, "objectives=[{kind: clip}, {kind: clip}]")
+    assert "['clip', 'clip'] are not distinct; give entries of one kind a `name` each" in two_clips
+    assert "siglip is published without a clamp" in message(path, "objectives=[{kind: siglip}]")
+    assert "ontology needs the aspect diagnosis" in message(path, "objectives=[{kind: clip, ontology: {}}]")
+    frozen = ("objectives=[{kind: masked_latent}]", "model.image.frozen=true")
+    assert "masked_latent trains the image tower" in message(path, *frozen)
+    assert "set one of num_steps and num_epochs" in message(path, "num_epochs=3")
     assert "warmup_steps must be smaller than num_steps" in message(path, "num_steps=50")
     assert "objectives.0: Input tag 'clap'" in message(path, "objectives.0.kind=clap")
 
