@@ -35,8 +35,7 @@ def draw_mask(config: MaskConfig, grid: tuple[int, int], random: np.random.Gener
     flat = mask.reshape(-1)
     # blocks rarely add up to the exact number: the last few patches are drawn one by one (all of them, if random)
     missing = wanted - int(flat.sum())
-    pool = np.flatnonzero(~flat) if missing > 0 else np.flatnonzero(flat)
-    flat[random.choice(pool, size=abs(missing), replace=False)] = missing > 0
+    flat[random.choice(np.flatnonzero(~flat), size=missing, replace=False)] = True
     return flat
 
 
