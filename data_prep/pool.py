@@ -52,6 +52,7 @@ def run(function: Callable[[Piece], Result], pieces: Iterable[Piece], num_worker
     context.set_forkserver_preload(
         ["data_prep.images.scan", "data_prep.shards.stage"]
     )  # workers start with the imports done
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent) as pool:
         running: set[Future[Result]] = set()
         try:
@@ -62,6 +63,10 @@ def run(function: Callable[[Piece], Result], pieces: Iterable[Piece], num_worker
             while running:
                 yield from _finished(running)
         except BrokenProcessPool:
+            # Python's pool ends its workers when one dies, but not one that was being started meanwhile: leaving the
+            # pool would wait for that one for ever
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
             raise InputError(
                 "a worker process was killed, perhaps for want of memory; lower num_workers and run the same command "
                 "again: it goes on where it stopped"

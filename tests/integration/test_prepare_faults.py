@@ -285,7 +285,7 @@ def test_a_killed_worker_ends_with_one_message(tmp_path: Path) -> None:
         time.sleep(0.01)
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in errors
     assert "error: a worker process was killed, perhaps for want of memory" in errors
 
