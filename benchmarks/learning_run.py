@@ -27,6 +27,7 @@ from data_prep.files import lock, write_atomically
 from pretrain.config import (
     AugmentationConfig,
     BlockMask,
+    CheckpointConfig,
     ClipObjective,
     DataConfig,
     DiagnosisWeights,
@@ -163,15 +164,16 @@ def train_config(run: Run) -> TrainConfig:
         engine=EngineConfig(kind="torch"),
         launch=LaunchConfig(threads_per_rank=1),
         log_every=50,
-        checkpoint_every=scale.checkpoint_every,
-        keep_checkpoints=1,
+        trackers=(),
+        checkpoint=CheckpointConfig(every=scale.checkpoint_every, keep_last=1),
     )
 
 
 def specification(run: Run) -> str:
     """Names everything that the result depends on but the code: results of two specifications cannot be compared."""
-    config = train_config(run).model_dump(mode="json", exclude={"run_dir": True, "model": {"name"}})
-    config["data"]["train_dir"] = ""
+    # what is left at its default is not named: a new key of TrainConfig must not make results of the same run differ
+    left_out = {"run_dir": True, "model": {"name"}, "data": {"train_dir"}, "checkpoint": True, "trackers": True}
+    config = train_config(run).model_dump(mode="json", exclude=left_out, exclude_defaults=True)
     data = ShardedDataset(run.data_dir / "train").digest, ShardedDataset(run.data_dir / "val").digest
     return hashlib.sha256(json.dumps([config, MODEL, data], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -7,7 +7,7 @@ The resolved configuration is written to `RUN_DIR/config.yaml`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -27,9 +27,27 @@ class AugmentationConfig(Frozen):
     color_jitter: float = Field(default=0.1, ge=0, le=1)  # brightness, contrast, saturation; hue a tenth of it
 
 
+class StreamConfig(Frozen):
+    """Shards read one after another through the webdataset library, where no random access is to be had.
+
+    `data.train_dir` still names the folder (or its copy) with manifest.json and index.npy; the tars come from `url`.
+    Resumes at a shard's boundary.
+    """
+
+    #: in front of a shard's name: `http://HOST/PATH/`, `pipe:aws s3 cp s3://BUCKET/PATH/{} -`, or a folder
+    url: str
+    shuffle_buffer: PositiveInt = 2048  # samples of one reader process
+
+
 class DataConfig(Frozen):
     train_dir: Path  # folder with manifest.json
     num_workers: int = Field(default=1, ge=0)  # reader processes per rank; no effect on the sample order
+    prefetch_batches: PositiveInt = 2  # by each reader process
+    #: a folder on the node's own disk: shards are copied there before they are first read, by one rank of the node
+    stage_dir: Path | None = None
+    #: share of the samples seen that may have been undecodable (and replaced, see damaged.jsonl) before the run ends
+    max_damaged_fraction: float = Field(default=0.001, ge=0, le=1)
+    stream: StreamConfig | None = None  # None: random access by the manifest's offsets, exact resume
     shards_per_block: PositiveInt = 16  # how many shards a window of the shuffle spans
     augmentation: AugmentationConfig = AugmentationConfig()
     #: upper edges of the token-length buckets; None: those that pad the fewest tokens on a fixed sample of the data
@@ -229,8 +247,12 @@ class OptimizerConfig(Frozen):
 
 class EngineConfig(Frozen):
     kind: Literal["deepspeed", "torch"] = "deepspeed"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16: DeepSpeed on a GPU
     zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed only
+    offload_optimizer: Literal["none", "cpu"] = "none"  # DeepSpeed at ZeRO 1 or more: its states in the host's memory
+    #: any further option of DeepSpeed's own dictionary; one that this config decides (batch, precision, ...) is refused
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    collective_timeout_minutes: PositiveFloat = 30.0  # a rank that waits longer for the others ends the run
 
     @model_validator(mode="after")
     def _masters_in_reach(self) -> EngineConfig:
@@ -244,6 +266,38 @@ class LaunchConfig(Frozen):
 
     num_ranks: PositiveInt = 1
     threads_per_rank: PositiveInt | None = None  # CPU threads of torch; None: torch's own choice
+
+
+class CheckpointConfig(Frozen):
+    every: PositiveInt = 500  # steps; the last one is always saved
+    every_minutes: PositiveFloat | None = 30.0  # since the last one, whatever the step; None: off
+    keep_last: PositiveInt = 2
+    keep_best: bool = True  # the one of the lowest validation loss, where there is validation
+    keep_every: PositiveInt | None = None  # steps; these are never removed
+
+
+class ValidationConfig(Frozen):
+    """Contrastive loss, retrieval and zero-shot on a held-out split, while training goes on."""
+
+    val_dir: Path  # folder with manifest.json
+    every: PositiveInt = 500  # steps; and after the last
+    max_num_samples: PositiveInt | None = 2048  # evenly spaced over the split; None: all
+    templates: str = "dermatology"  # list in configs/eval/templates.json
+
+
+class BadStepConfig(Frozen):
+    """A step whose loss is not finite, or a spike: named with its samples, then handled.
+
+    `stop` ends the run. `skip` leaves the weights as they are and costs one wait for the device in every step.
+    `rollback` goes back to the newest checkpoint before it and passes over its batch. Seen at the next logged step,
+    but for `skip`.
+    """
+
+    action: Literal["stop", "skip", "rollback"] = "stop"
+    #: a loss above this multiple of the median of the last `window` steps is a spike; None: only what is not finite
+    spike_factor: float | None = Field(default=None, gt=1)
+    window: PositiveInt = 100
+    max_num: PositiveInt = 10  # bad steps of a run before it ends all the same
 
 
 class TrainConfig(Frozen):
@@ -261,8 +315,11 @@ class TrainConfig(Frozen):
     engine: EngineConfig = EngineConfig()
     launch: LaunchConfig = LaunchConfig()
     log_every: PositiveInt = 10
-    checkpoint_every: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2
+    #: beside metrics.jsonl, which is always written; wandb and trackio are extras of the package
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig | None = None
+    bad_steps: BadStepConfig = BadStepConfig()
     #: try a recipe out: tiny towers without weights, a small batch, two steps (see pretrain/trial.py)
     trial: bool = False
 

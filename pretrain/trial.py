@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import (
+    CheckpointConfig,
     EngineConfig,
     FrozenTeacher,
     LocalAlignmentObjective,
@@ -43,7 +44,8 @@ def as_trial(config: TrainConfig) -> TrainConfig:
         "engine": _engine_here(config.engine),
         "launch": config.launch.model_copy(update={"num_ranks": num_ranks, "threads_per_rank": 1}),
         "log_every": 1,
-        "checkpoint_every": 2,
+        "checkpoint": CheckpointConfig(every=2),
+        "validation": None,
     }
     return TrainConfig.model_validate(config.model_copy(update=changes).model_dump())
 

@@ -85,6 +85,8 @@ class Batch(_OnDevice):
     visible_BV: Tensor | None  # int64 patch positions that the masked student sees, ascending
     masked_BM: Tensor | None  # int64 the others
     num_truncated: int  # texts of this rank cut at the tokenizer's context length
+    #: (position in the index, reason) of this rank's images that could not be decoded; their pixels are zeros
+    damaged: tuple[tuple[int, str], ...] = ()
 
     @property
     def num_texts(self) -> int:

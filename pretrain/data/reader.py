@@ -172,7 +172,12 @@ class BatchDataset(Dataset[Batch]):
 
 
 def read_batches(
-    dataset: BatchDataset, first_step: int, num_steps: int, num_workers: int, pin: bool
+    dataset: BatchDataset,
+    first_step: int,
+    num_steps: int,
+    num_workers: int,
+    prefetch_batches: int = 2,
+    pin: bool = False,
 ) -> Iterator[Batch]:
     """Batches first_step .. num_steps - 1, in order, whatever the number of worker processes."""
     loader = DataLoader(
@@ -181,7 +186,7 @@ def read_batches(
         sampler=range(first_step, num_steps),
         num_workers=num_workers,
         pin_memory=pin,
-        prefetch_factor=2 if num_workers else None,
+        prefetch_factor=prefetch_batches if num_workers else None,
         # forkserver: a fork of a process with threads (gloo, DeepSpeed) can deadlock
         multiprocessing_context="forkserver" if num_workers else None,
         worker_init_fn=_one_thread,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -70,6 +71,28 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object: ...
+
+
+def start_cpu_sum_(value: Tensor) -> Work | None:
+    """Begins to sum a CPU tensor over ranks, in place; None in a single process. All ranks call it in the same order.
+
+    It has a process group of its own, so that it stands in no order with what the engine sends.
+    """
+    if world_size() == 1:
+        return None
+    work: Work | None = dist.all_reduce(value, group=_cpu_group(), async_op=True)
+    return work
+
+
+@cache
+def _cpu_group() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo")  # type: ignore[return-value]
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
@@ -91,4 +114,5 @@ def from_rank_0(value: Any) -> Any:
 
 def shut_down() -> None:
     if is_initialised():
+        _cpu_group.cache_clear()
         dist.destroy_process_group()

@@ -10,7 +10,9 @@ from data_prep.config import load_config
 from data_prep.errors import InputError
 from pretrain.config import TrainConfig
 from pretrain.distributed import comm
+from pretrain.evaluation.in_training import make_validator
 from pretrain.train.loop import train
+from pretrain.train.signals import REQUEUE_STATUS
 from pretrain.trial import as_trial
 
 
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args(argv)
     try:
-        train(load_training_config(arguments.config, arguments.overrides))
+        outcome = train(load_training_config(arguments.config, arguments.overrides), make_validator)
     except (InputError, OSError) as error:
         # an error can be one rank's alone (a damaged file that only it reads), so each says its own
         who = f"rank {comm.rank()}: " if comm.world_size() > 1 else ""
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, InputError) else 1
     finally:
         comm.shut_down()
-    return 0
+    return 0 if outcome.finished else REQUEUE_STATUS
 
 
 if __name__ == "__main__":

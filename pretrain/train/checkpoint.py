@@ -31,19 +31,21 @@ from pretrain.config import TrainConfig
 from pretrain.distributed import comm
 from pretrain.distributed.engine import full_tensors
 from pretrain.models.open_clip_config import resolved_spec
+from pretrain.train.record import RunRecord
 from pretrain.train.trainer import Trainer
 
 #: what may differ between the run that wrote a checkpoint and the one that goes on: it does not change the result
 #: (what the paths lead to is compared by content: the data by its digest, the towers by their config)
 _FREE_KEYS = {
-    *("run_dir", "log_every", "checkpoint_every", "keep_checkpoints", "launch"),
-    *("data.num_workers", "data.train_dir", "model.name"),
+    *("run_dir", "log_every", "trackers", "checkpoint", "validation", "bad_steps", "launch"),
+    *("data.num_workers", "data.prefetch_batches", "data.stage_dir", "data.max_damaged_fraction", "data.train_dir"),
+    *("model.name", "engine.collective_timeout_minutes"),
 }
 
 
-def save_checkpoint(trainer: Trainer, step: int, data_digest: str) -> Path:
-    """`step` steps are done. All ranks call it. Raises OSError on every rank when one could not write."""
-    final = _folder(trainer.config.run_dir, step)
+def save_checkpoint(trainer: Trainer, record: RunRecord, data_digest: str) -> Path:
+    """All ranks call it. Raises OSError on every rank when one could not write."""
+    final = _folder(trainer.config.run_dir, record.step)
     partial = final.with_suffix(".partial")
 
     def begin() -> None:
@@ -61,13 +63,13 @@ def save_checkpoint(trainer: Trainer, step: int, data_digest: str) -> Path:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _fsync(final.parent)
-        for old in list_checkpoints(trainer.config.run_dir)[: -trainer.config.keep_checkpoints]:
+        for old in list_checkpoints(trainer.config.run_dir)[: -trainer.config.checkpoint.keep_last]:
             shutil.rmtree(old)
 
     _on_rank_0(partial, begin)
     _on_all_ranks(partial, write_own)
     model_state = _full_state(trainer)
-    _on_rank_0(partial, lambda: _write_shared(trainer, partial, model_state, step, data_digest))
+    _on_rank_0(partial, lambda: _write_shared(trainer, partial, model_state, record, data_digest))
     _on_rank_0(partial, publish)
     return final
 
@@ -89,7 +91,7 @@ def _on_all_ranks(folder: Path, write: Callable[[], None] | None) -> None:
 
 
 def _write_shared(
-    trainer: Trainer, folder: Path, model_state: dict[str, torch.Tensor], step: int, data_digest: str
+    trainer: Trainer, folder: Path, model_state: dict[str, torch.Tensor], record: RunRecord, data_digest: str
 ) -> None:
     save_file(model_state, folder / "model.safetensors")
     towers = asdict(trainer.model.spec)
@@ -99,8 +101,9 @@ def _write_shared(
         save_file(_contiguous(trainer.teacher.state_dict()), folder / "teacher.safetensors")
     files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     meta = {
-        "step": step,
-        "samples_seen": step * trainer.config.global_batch_size,
+        "step": record.step,
+        "record": record.to_json(),
+        "samples_seen": record.step * trainer.config.global_batch_size,
         "config": trainer.config.model_dump(mode="json"),
         "data_digest": data_digest,
         "num_ranks": comm.world_size(),
@@ -211,8 +214,8 @@ def with_edges_of_checkpoint(config: TrainConfig) -> TrainConfig:
     return _with_edges(config, read_meta(checkpoints[-1])) if checkpoints else config
 
 
-def resume(trainer: Trainer, data_digest: str) -> int:
-    """Load the newest checkpoint of the run, if it has one. Returns the number of steps already done.
+def resume(trainer: Trainer, data_digest: str, pass_over: int | None = None) -> RunRecord:
+    """Load the newest checkpoint of the run, if it has one. `pass_over`: go back before this step, whose batch is bad.
 
     Rank 0 chooses for all: a shared file system can show other ranks an older state.
     """
@@ -227,12 +230,12 @@ def resume(trainer: Trainer, data_digest: str) -> int:
     if problem is not None:
         raise problem
     if found is None:
-        return 0
-    newest, step = found
+        return RunRecord()
+    newest, _ = found
     trainer.engine.load(newest)
     if trainer.teacher is not None and trainer.ema is not None:
         trainer.teacher.load_state_dict(load_file(newest / "teacher.safetensors"))
-    return step
+    return RunRecord.from_json(read_meta(newest)["record"])
 
 
 def _is_free(key: str) -> bool:

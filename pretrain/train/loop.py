@@ -1,68 +1,165 @@
-"""The training loop: build, resume, step, log, save."""
+"""The training loop: build, resume, step, log, validate, save, stop."""
 
 from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from data_prep.config import dump_yaml
-from data_prep.errors import InputError
 from data_prep.files import write_atomically
 from pretrain.config import TrainConfig
 from pretrain.data.batch import Batch
+from pretrain.data.damage import Damage
 from pretrain.data.plan import order_digest
 from pretrain.data.reader import BatchDataset, read_batches
 from pretrain.distributed import comm
 from pretrain.distributed.engine import choose_device, initialise_process_group
-from pretrain.train.checkpoint import list_checkpoints, resume, save_checkpoint, with_edges_of_checkpoint
+from pretrain.train.agreement import Agreement
+from pretrain.train.checkpoint import resume, save_checkpoint, with_edges_of_checkpoint
 from pretrain.train.curves import loss_curves, plot_losses
+from pretrain.train.guard import GoBack, Guard
 from pretrain.train.metrics import MetricsLog, reduce_terms
+from pretrain.train.record import RunRecord
 from pretrain.train.schedule import learning_rate
+from pretrain.train.signals import StopSignals
 from pretrain.train.state import build_trainer, with_num_steps
 from pretrain.train.step import training_step
-from pretrain.train.trainer import Trainer
+from pretrain.train.trainer import Trainer, Validator
+
+MakeValidator = Callable[[Trainer, TrainConfig], Validator | None]
 
 
-def train(config: TrainConfig) -> Path:
-    """Runs (or goes on with) a training run on this rank; returns the last checkpoint's folder.
+@dataclass(frozen=True)
+class Outcome:
+    step: int  # steps done, all saved
+    finished: bool  # False: a signal asked the run to stop
 
-    Raises InputError for a config, data or checkpoint that cannot work, before the first step.
+
+def train(config: TrainConfig, make_validator: MakeValidator | None = None) -> Outcome:
+    """Runs (or goes on with) a training run on this rank.
+
+    Raises InputError for a config, data or checkpoint that cannot work, before the first step; and for a bad step.
     """
-    device = choose_device()
-    if device.type == "cpu" and config.launch.threads_per_rank is not None:
-        torch.set_num_threads(config.launch.threads_per_rank)
-    initialise_process_group(device, config.engine)
-    config = with_num_steps(config)
-    trainer, reader = build_trainer(with_edges_of_checkpoint(config), device)
-    first_step = resume(trainer, reader.data.digest)
-    log = _open_log(trainer, reader, first_step)
-    batches = read_batches(reader, first_step, config.steps, config.data.num_workers, pin=device.type == "cuda")
-    window = _Window(first_step)
-    for step in range(first_step, config.steps):
-        asked_at = time.monotonic()
-        batch = next(batches).to(device)
-        window.waited_s += time.monotonic() - asked_at
-        if step % reader.steps_per_epoch == 0 or step == first_step:
-            epoch = step // reader.steps_per_epoch
-            log.say(f"epoch {epoch}: sample order {order_digest(reader.order(epoch))}")
-        loss, terms = training_step(trainer, batch, step)
-        done = step + 1
-        log.advance(done)
-        if done % config.log_every == 0 or done == config.steps:
-            values = reduce_terms(loss, terms) | _state_values(trainer, batch, step) | window.values(done, config)
-            log.write(done, values)
-            _check_values(done, values, log)
-            window = _Window(done)
-        if done % config.checkpoint_every == 0 or done == config.steps:
-            save_checkpoint(trainer, done, reader.data.digest)
-            window = _Window(done)
-    log.close()
+    with StopSignals() as signals:
+        device = choose_device()
+        if device.type == "cpu" and config.launch.threads_per_rank is not None:
+            torch.set_num_threads(config.launch.threads_per_rank)
+        initialise_process_group(device, config.engine)
+        config = with_num_steps(config)
+        trainer, reader = build_trainer(with_edges_of_checkpoint(config), device)
+        validate = make_validator(trainer, trainer.config) if make_validator is not None else None
+        record = resume(trainer, reader.data.digest)
+        while True:
+            log = _open_log(trainer, reader, record.step)
+            try:
+                outcome = _Run(trainer, reader, validate, record, log, signals).steps()
+                break
+            except GoBack as bad:
+                record = resume(trainer, reader.data.digest, pass_over=bad.step)
+            finally:
+                log.close()
     if comm.rank() == 0:
         plot_losses(loss_curves(config.run_dir), config.run_dir / "loss_curves.png")
-    return list_checkpoints(config.run_dir)[-1]
+    return outcome
+
+
+class _Run:
+    """The steps from a checkpoint on."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        reader: BatchDataset,
+        validate: Validator | None,
+        record: RunRecord,
+        log: MetricsLog,
+        signals: StopSignals,
+    ) -> None:
+        self.trainer, self.config, self.reader, self.validate = trainer, trainer.config, reader, validate
+        self.record, self.log, self.signals = record, log, signals
+        self.guard = Guard(self.config.bad_steps, record)
+        self.window = _Window(record.step)
+        self.saved_at, self.saved_step = time.monotonic(), record.step
+
+    def steps(self) -> Outcome:
+        config, device = self.config, next(self.trainer.model.parameters()).device
+        first_step, data = self.record.step, config.data
+        batches = read_batches(
+            self.reader, first_step, config.steps, data.num_workers, data.prefetch_batches, pin=device.type == "cuda"
+        )
+        damage = Damage(self.reader, config.run_dir, data.max_damaged_fraction)
+        agreement = Agreement()
+        upcoming = next(batches, None)
+        agreement.start(False, False, 0 if upcoming is None else len(upcoming.damaged))
+        for step in range(first_step, config.steps):
+            agreed = agreement.read()
+            assert upcoming is not None
+            batch = damage.replaced(upcoming, step) if agreed.num_damaged else upcoming
+            self._say_order(step)
+            self._step(batch.to(device), step)
+            done = self.record.step
+            # while the device works: the next batch, and what the ranks have to tell each other
+            upcoming = self.window.wait_for(batches)
+            is_due = comm.rank() == 0 and self._minutes_are_over()
+            agreement.start(self.signals.received, is_due, 0 if upcoming is None else len(upcoming.damaged))
+            is_last = done == config.steps or agreed.num_stop > 0
+            self._validate(done, is_last)
+            if is_last or done % config.checkpoint.every == 0 or agreed.num_save > 0:
+                self._save()
+            if agreed.num_stop > 0 and done < config.steps:
+                agreement.read()  # leaves no collective open
+                self.log.say(f"stopped by a signal after step {done}; saved: the same command goes on from here")
+                return Outcome(done, finished=False)
+        agreement.read()
+        return Outcome(config.steps, finished=True)
+
+    def _step(self, batch: Batch, step: int) -> None:
+        """One step and what is said of it."""
+        done = step + 1
+        if step in self.record.passed_over:
+            self.log.say(f"step {done}: its batch is passed over")
+        else:
+            loss, terms = training_step(self.trainer, batch, step)
+            self.guard.note(step, loss, batch)
+            if done % self.config.log_every == 0 or done == self.config.steps:
+                values = reduce_terms(loss, terms) | _state_values(self.trainer, batch, step)
+                values |= self.window.values(done, self.config)
+                self.log.write(done, values)
+                self.guard.check(done, values)
+                _warn(values, self.log)
+                self.window = _Window(done)
+        self.record.step = done
+        self.log.advance(done)
+
+    def _validate(self, done: int, is_last: bool) -> None:
+        validation = self.config.validation
+        if self.validate is None or validation is None:
+            return
+        if done % validation.every == 0 or (is_last and done == self.config.steps):
+            values = self.validate()
+            self.log.write_validation(done, values)
+            if self.record.best_loss is None or values["val/loss"] < self.record.best_loss:
+                self.record.best_step, self.record.best_loss = done, values["val/loss"]
+            self.window = _Window(done)
+
+    def _save(self) -> None:
+        self.guard.check_before_saving()
+        save_checkpoint(self.trainer, self.record, self.reader.data.digest)
+        self.saved_at, self.saved_step = time.monotonic(), self.record.step
+        self.window = _Window(self.record.step)
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes
+        return minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+
+    def _say_order(self, step: int) -> None:
+        if step % self.reader.steps_per_epoch == 0 or step == self.saved_step:
+            epoch = step // self.reader.steps_per_epoch
+            self.log.say(f"epoch {epoch}: sample order {order_digest(self.reader.order(epoch))}")
 
 
 def _open_log(trainer: Trainer, reader: BatchDataset, first_step: int) -> MetricsLog:
@@ -90,12 +187,18 @@ class _Window:
 
     def __init__(self, first_step: int) -> None:
         self._first_step, self._started = first_step, time.monotonic()
-        self.waited_s = 0.0
+        self._waited_s = 0.0
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch | None:
+        asked_at = time.monotonic()
+        batch = next(batches, None)
+        self._waited_s += time.monotonic() - asked_at
+        return batch
 
     def values(self, done: int, config: TrainConfig) -> dict[str, float]:
         elapsed_s = time.monotonic() - self._started
         num_samples = (done - self._first_step) * config.global_batch_size
-        return {"samples_per_s": num_samples / elapsed_s, "reader_wait_fraction": self.waited_s / elapsed_s}
+        return {"samples_per_s": num_samples / elapsed_s, "reader_wait_fraction": self._waited_s / elapsed_s}
 
 
 def _state_values(trainer: Trainer, batch: Batch, step: int) -> dict[str, float]:
@@ -108,10 +211,6 @@ def _state_values(trainer: Trainer, batch: Batch, step: int) -> dict[str, float]
     }
 
 
-def _check_values(done: int, values: dict[str, float], log: MetricsLog) -> None:
-    if not math.isfinite(values["loss"]):
-        raise InputError(
-            f"step {done}: the loss is {values['loss']}; lower optimizer.lr, or remove the newest checkpoints and go on"
-        )
+def _warn(values: dict[str, float], log: MetricsLog) -> None:
     if any(name.endswith("/selected_fraction") and value == 0.0 for name, value in values.items()):
         log.say("warning: local_alignment selects no patch (sigma too high for these towers?) and learns nothing")

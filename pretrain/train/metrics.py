@@ -94,6 +94,9 @@ class MetricsLog:
         else:
             print(f"{line}  {left_s:.0f} s left", file=sys.stderr, flush=True)
 
+    def write_validation(self, step: int, values: dict[str, float]) -> None:
+        """`step` steps are done. A record of its own in metrics.jsonl, with `val/...` names."""
+
     def say(self, message: str) -> None:
         if self._is_main:
             (self._bar.console.print if self._bar is not None else lambda m: print(m, file=sys.stderr, flush=True))(

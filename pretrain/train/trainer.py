@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,10 @@ from pretrain.models.dual_encoder import DualEncoder
 from pretrain.models.masked import Teacher
 from pretrain.objectives.base import Objective, Term
 from pretrain.objectives.masked_latent import MaskedLatent
+
+#: () -> metrics by name: "val/loss", "val/loss/clip", "val/zero_shot/balanced_accuracy", ... All ranks call it together
+#: and get the same values; towers are in training mode again afterwards
+Validator = Callable[[], dict[str, float]]
 
 
 @dataclass

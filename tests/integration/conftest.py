@@ -34,7 +34,8 @@ def run_config(prepared_dir: Path, tiny_model_path: Path, tmp_path: Path) -> dic
         "optimizer": {"lr": 1e-3, "warmup_steps": 2},
         "engine": {"kind": "torch"},
         "log_every": 1,
-        "checkpoint_every": 3,
+        "checkpoint": {"every": 3},
+        "trackers": [],
     }
 
 

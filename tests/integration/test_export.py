@@ -40,7 +40,7 @@ HF_TOWERS = {
 
 
 def trained(config: dict[str, Any], folder: Path) -> Path:
-    path = write_config(folder / "run.yaml", config | {"num_steps": 3, "checkpoint_every": 3})
+    path = write_config(folder / "run.yaml", config | {"num_steps": 3, "checkpoint": {"every": 3}})
     assert main(["train", str(path)]) == 0
     return Path(config["run_dir"])
 

@@ -69,7 +69,10 @@ def test_a_run_goes_on_from_its_own_resolved_config(run_config: dict[str, Any], 
     assert main(["train", str(run_dir / "config.yaml")]) == 0
     assert main(["train", str(config)]) == 0
     assert [record["step"] for record in metrics(run_config)] == list(range(1, 9))
-    assert [path.name for path in list_checkpoints(run_dir)] == ["step-00000006", "step-00000008"]  # keep_checkpoints
+    assert [path.name for path in list_checkpoints(run_dir)] == [
+        "step-00000006",
+        "step-00000008",
+    ]
 
 
 def test_a_torn_last_line_of_the_metrics_does_not_stop_a_resume(run_config: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""What a run knows of itself beside its weights: saved with each checkpoint, so that a resumed run decides the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunRecord:
+    step: int = 0  # steps done
+    #: losses of the newest steps, of which a spike is told
+    recent_losses: list[float] = field(default_factory=list)
+    #: steps whose batch was passed over (see BadStepConfig), ascending
+    passed_over: list[int] = field(default_factory=list)
+    best_step: int | None = None  # of the lowest validation loss
+    best_loss: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunRecord:
+        return cls(**values)
