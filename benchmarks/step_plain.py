@@ -17,7 +17,7 @@ from benchmarks.step_workload import Workload
 from pretrain.config import BlockMask, ClipObjective, FrozenTeacher, MaskedLatentObjective, ObjectiveConfig
 from pretrain.data.batch import Batch
 from pretrain.data.reader import BatchDataset
-from pretrain.distributed.engine import build_optimizer
+from pretrain.distributed.optimizer import build_optimizer
 from pretrain.models.open_clip_config import read_open_clip_config
 from pretrain.train.schedule import learning_rate
 from pretrain.train.state import build_trainer

@@ -1,1 +1,1 @@
-"""Collectives (comm.py) and the engines (engine.py): DeepSpeed, and the plain-torch twin."""
+"""Collectives (comm.py), the launchers' environments, and the engines: DeepSpeed, and the plain-torch twin."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
 from functools import cache
 from typing import Any, Protocol
 
@@ -88,9 +90,42 @@ def start_cpu_sum_(value: Tensor) -> Work | None:
     return work
 
 
+def start_cpu_gather(local: Tensor) -> Callable[[], Tensor]:
+    """Begins to gather a CPU tensor (B, ...) of all ranks, equal shapes; what is returned waits for (W * B, ...).
+
+    All ranks call it in the same order, among the calls of `start_cpu_sum_` too.
+    """
+    if world_size() == 1:
+        return lambda: local
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    work: Work = dist.all_gather(parts, local.contiguous(), group=_cpu_group(), async_op=True)  # type: ignore[assignment]
+
+    def wait() -> Tensor:
+        work.wait()
+        return torch.cat(parts)
+
+    return wait
+
+
 @cache
 def _cpu_group() -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo")  # type: ignore[return-value]
+    return dist.new_group(backend="gloo", timeout=_timeout)  # type: ignore[return-value]
+
+
+_timeout: timedelta | None = None  # None: torch's default
+
+
+def initialise(backend: str, timeout: timedelta) -> None:
+    """The process group of a launcher's environment; a collective that waits longer than `timeout` ends the run."""
+    global _timeout
+    _timeout = timeout
+    dist.init_process_group(backend, timeout=timeout)
+
+
+def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Of a group that somebody else made."""
+    set_it = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)  # its name before torch 2.13
+    set_it(timeout, group)
 
 
 def barrier() -> None:
@@ -110,6 +145,30 @@ def from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The picklable values of all ranks, in their order, on every rank. They go over the CPU's own process group."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_cpu_group())
+    return values
+
+
+LOST_PEER = (
+    "another rank is gone: it was killed (out of memory, by a person, by the scheduler), its node failed, or it ended "
+    "with an error that its own output tells; the same command goes on from the newest checkpoint"
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because a rank it needs is there no more, or did not come in time."""
+    if isinstance(error, dist.DistError):
+        return True
+    # gloo's have no type of their own
+    signs = ("gloo", "closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Connection refused")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def shut_down() -> None:

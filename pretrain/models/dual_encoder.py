@@ -105,7 +105,7 @@ class DualEncoder(nn.Module):
             "on more than one rank each would use its own batch's statistics": world_size > 1,
             "with micro_batch_size each part would use its own": num_parts > 1,
             "with activation_checkpointing they would move twice a step": config.model.activation_checkpointing,
-            "engine.precision bf16 would round them": config.engine.precision == "bf16",
+            f"engine.precision {config.engine.precision} would round them": config.engine.precision != "fp32",
         }
         for reason, holds in reasons.items():
             if holds:

@@ -30,9 +30,8 @@ def run(config: TrainConfig, dtype: torch.dtype, repeated: bool) -> dict[str, Te
     """`repeated`: the second half of every global batch holds the samples of the first half once more."""
     trainer, reader = build(config, dtype)
     if repeated:
-        order, half = reader.order(0), config.global_batch_size // 2
-        again = np.concatenate([np.tile(part, 2) for part in np.split(order, len(order) // half)])
-        reader._order = lambda epoch: again  # type: ignore[method-assign, assignment]
+        samples, half = reader.samples, config.global_batch_size // 2
+        reader.samples = lambda step: np.tile(samples(step)[:half], 2)  # type: ignore[method-assign]
     batches = [reader[step] for step in range(NUM_STEPS)]
     result = take_steps(trainer, batches)
     result["num_texts"] = torch.tensor([len(packed.order_R) for packed in batches[0].packed])
