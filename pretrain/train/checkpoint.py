@@ -7,17 +7,18 @@
         teacher.safetensors  where there is an EMA teacher
         engine/, or torch_engine.pt: what DeepSpeed, or the plain engine, needs to go on
 
-Every rank writes into `step-N.partial`; when all agree, rank 0 lists the files in meta.json and renames the folder.
-A folder with the final name is whole, whatever was killed, so resume takes the newest.
+Every rank writes into `step-N.partial`; when all agree, rank 0 lists the files in meta.json, reads that back and
+renames the folder. Resume takes the newest whole one, whatever was killed (retention.py: whole, kept, removed).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,46 +33,83 @@ from pretrain.distributed import comm
 from pretrain.distributed.engine import full_tensors
 from pretrain.models.open_clip_config import resolved_spec
 from pretrain.train.record import RunRecord
+from pretrain.train.retention import (
+    checkpoint_folder,
+    list_checkpoints,
+    list_checksums,
+    list_files,
+    note_passed_over,
+    prune,
+    read_meta,
+    read_passed_over,
+    remove_checkpoint,
+    remove_leftovers,
+    set_aside,
+    whole_checkpoints,
+)
 from pretrain.train.trainer import Trainer
+
+__all__ = ["list_checkpoints", "read_meta"]  # for those that read checkpoints
 
 #: what may differ between the run that wrote a checkpoint and the one that goes on: it does not change the result
 #: (what the paths lead to is compared by content: the data by its digest, the towers by their config)
 _FREE_KEYS = {
     *("run_dir", "log_every", "trackers", "checkpoint", "validation", "bad_steps", "launch"),
     *("data.num_workers", "data.prefetch_batches", "data.stage_dir", "data.max_damaged_fraction", "data.train_dir"),
+    "data.stream.url",
     *("model.name", "engine.collective_timeout_minutes"),
 }
 
 
 def save_checkpoint(trainer: Trainer, record: RunRecord, data_digest: str) -> Path:
-    """All ranks call it. Raises OSError on every rank when one could not write."""
-    final = _folder(trainer.config.run_dir, record.step)
-    partial = final.with_suffix(".partial")
+    """All ranks call it. Raises OSError, on the ranks that could not write at least; earlier checkpoints stay whole."""
+    run_dir = trainer.config.run_dir
+    final = checkpoint_folder(run_dir, record.step)
+    partial = final.with_name(f"{final.name}.partial")
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    def write_own() -> None:
-        trainer.engine.save(partial)
-        for path in partial.rglob("*"):  # each rank: another node's cache is not flushed from here
+    def flush() -> None:
+        for path in [*partial.rglob("*"), partial]:
             _fsync(path)
 
     def publish() -> None:
-        for path in partial.rglob("*"):
-            _fsync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        read_meta(partial)
+        if final.exists():  # a torn one, or one of steps that are done again
+            remove_checkpoint(final)
         partial.rename(final)
         _fsync(final.parent)
-        for old in list_checkpoints(trainer.config.run_dir)[: -trainer.config.checkpoint.keep_last]:
-            shutil.rmtree(old)
+        prune(run_dir, trainer.config.checkpoint, record.best_step)
 
     _on_rank_0(partial, begin)
-    _on_all_ranks(partial, write_own)
+    with _writing(partial):  # DeepSpeed's save waits for all ranks inside: one that could not write must end alone
+        trainer.engine.save(partial)
     model_state = _full_state(trainer)
     _on_rank_0(partial, lambda: _write_shared(trainer, partial, model_state, record, data_digest))
+    # one process of each node: another node's cache is not flushed from here
+    _on_all_ranks(partial, flush if comm.local_rank() == 0 else None)
     _on_rank_0(partial, publish)
     return final
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What a failing write says, in whatever way its library says it, as an OSError with the remedy."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, InputError) as error:  # torch.save: RuntimeError for a full disk
+        if comm.is_lost_peer(error):
+            raise
+        raise OSError(f"{folder}: the checkpoint could not be written ({_first_line(error)}); {_REMEDY}") from None
+
+
+_REMEDY = "make room and start again: the run goes on from its newest whole checkpoint"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _on_rank_0(folder: Path, write: Callable[[], None]) -> None:
@@ -83,11 +121,12 @@ def _on_all_ranks(folder: Path, write: Callable[[], None] | None) -> None:
     problem: OSError | None = None
     try:
         if write is not None:
-            write()
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by RuntimeError
-        problem = OSError(str(error))
+            with _writing(folder):
+                write()
+    except OSError as error:
+        problem = error
     if not comm.all_agree(problem is None):
-        raise OSError(f"{folder}: the checkpoint could not be written ({problem or 'on another rank'}); disk full?")
+        raise problem or OSError(f"{folder}: another rank could not write its part of the checkpoint; {_REMEDY}")
 
 
 def _write_shared(
@@ -99,7 +138,6 @@ def _write_shared(
     (folder / "model.json").write_text(json.dumps(towers, indent=1), encoding="utf-8")
     if trainer.teacher is not None and trainer.ema is not None:
         save_file(_contiguous(trainer.teacher.state_dict()), folder / "teacher.safetensors")
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     meta = {
         "step": record.step,
         "record": record.to_json(),
@@ -107,7 +145,8 @@ def _write_shared(
         "config": trainer.config.model_dump(mode="json"),
         "data_digest": data_digest,
         "num_ranks": comm.world_size(),
-        "files": files,
+        "files": list_files(folder),
+        "crc32": list_checksums(folder),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
@@ -134,31 +173,6 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Whole ones, oldest first."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name))
-
-
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """Raises InputError when a file is missing or not of the size it was written with."""
-    path = checkpoint / "meta.json"
-    if not path.is_file():
-        raise InputError(f"{path}: missing; {checkpoint} is no checkpoint of dermvlp")
-    meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for name, size in meta["files"].items():
-        file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise InputError(
-                f"{file}: missing or not of the size it was written with; remove {checkpoint} to resume before it"
-            )
-    return meta
-
-
 def checkpoint_config(checkpoint: Path) -> TrainConfig:
     """The config that a checkpoint was written with, its towers read from the checkpoint itself, weights untouched."""
     config = TrainConfig.model_validate(read_meta(checkpoint)["config"])
@@ -168,20 +182,34 @@ def checkpoint_config(checkpoint: Path) -> TrainConfig:
     return config.model_copy(update={"model": config.model.model_copy(update=built)})
 
 
-def find_resumable(config: TrainConfig, data_digest: str, num_ranks: int) -> tuple[Path, int] | None:
-    """The newest checkpoint of the run and its step, if it has one.
+def find_resumable(config: TrainConfig, data_digest: str) -> tuple[Path, int] | None:
+    """The newest whole checkpoint of the run and its step, if it has one.
 
-    Raises InputError for one that another configuration, other data or another number of ranks wrote.
+    Raises InputError for one that another configuration or other data wrote, and where none of them is whole.
     """
-    checkpoints = list_checkpoints(config.run_dir)
-    if not checkpoints:
+    found = _newest_whole(config.run_dir)
+    if found is None:
         return None
-    newest = checkpoints[-1]
-    meta = read_meta(newest)
+    newest, meta = found
+    _check_same_run(newest, meta, config, data_digest)
+    return newest, int(meta["step"])
+
+
+def _newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    whole, skipped = whole_checkpoints(run_dir)
+    if skipped and not whole:
+        raise InputError(
+            f"{run_dir}: no checkpoint is whole; remove the folder `checkpoints` to begin anew:\n  "
+            + "\n  ".join(skipped.values())
+        )
+    return whole[-1] if whole else None
+
+
+def _check_same_run(checkpoint: Path, meta: dict[str, Any], config: TrainConfig, data_digest: str) -> None:
     config = _with_edges(config, meta)
     ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(meta["config"])
     ours |= _flatten(resolved_spec(config.model).model_cfg, "towers")
-    theirs |= _flatten(json.loads((newest / "model.json").read_text(encoding="utf-8"))["model_cfg"], "towers")
+    theirs |= _flatten(json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))["model_cfg"], "towers")
     differences = [
         f"  {key}: {theirs.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
         for key in sorted(ours.keys() | theirs.keys())
@@ -189,16 +217,13 @@ def find_resumable(config: TrainConfig, data_digest: str, num_ranks: int) -> tup
     ]
     if differences:
         raise InputError(
-            f"{newest}: written by a run of another configuration; choose another run_dir, or set it back:\n"
+            f"{checkpoint}: written by a run of another configuration; choose another run_dir, or set it back:\n"
             + "\n".join(differences)
         )
     if meta["data_digest"] != data_digest:
         raise InputError(
-            f"{newest}: {config.data.train_dir} holds other samples than the run began with; choose another run_dir"
+            f"{checkpoint}: {config.data.train_dir} holds other samples than the run began with; choose another run_dir"
         )
-    if meta["num_ranks"] != num_ranks:
-        raise InputError(f"{newest}: written by {meta['num_ranks']} rank(s), now {num_ranks}; start as many")
-    return newest, int(meta["step"])
 
 
 def _with_edges(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
@@ -210,32 +235,74 @@ def _with_edges(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
 
 
 def with_edges_of_checkpoint(config: TrainConfig) -> TrainConfig:
-    checkpoints = comm.from_rank_0(list_checkpoints(config.run_dir))
-    return _with_edges(config, read_meta(checkpoints[-1])) if checkpoints else config
+    found = _decided_by_rank_0(lambda: _newest_whole(config.run_dir))
+    return config if found is None else _with_edges(config, found[1])
 
 
 def resume(trainer: Trainer, data_digest: str, pass_over: int | None = None) -> RunRecord:
-    """Load the newest checkpoint of the run, if it has one. `pass_over`: go back before this step, whose batch is bad.
+    """Loads the newest whole checkpoint of the run, if it has one, and says what it skipped. All ranks call it.
 
-    Rank 0 chooses for all: a shared file system can show other ranks an older state.
+    `pass_over` is a step, counted from 0, whose batch is bad: goes back to the newest checkpoint before it, and removes
+    the later ones; neither this attempt nor a later one takes its batch again. Raises InputError where there is none.
     """
-    problem: InputError | None = None
-    found: tuple[Path, int] | None = None
+    run_dir = trainer.config.run_dir
+
+    def choose() -> tuple[tuple[Path, int] | None, list[int]]:
+        if pass_over is not None:
+            _go_back(run_dir, pass_over)
+        found = find_resumable(trainer.config, data_digest)
+        _clean(run_dir)
+        return found, read_passed_over(run_dir)
+
+    # a shared file system can show other ranks an older state
+    found, passed_over = _decided_by_rank_0(choose)
+    record = RunRecord()
+    if found is not None:
+        newest, _ = found
+        meta = read_meta(newest)
+        trainer.engine.load(newest, meta["num_ranks"])
+        if trainer.teacher is not None and trainer.ema is not None:
+            trainer.teacher.load_state_dict(load_file(newest / "teacher.safetensors"))
+        record = RunRecord.from_json(meta["record"])
+    record.passed_over = sorted({*record.passed_over, *passed_over})
+    return record
+
+
+def _go_back(run_dir: Path, bad_step: int) -> None:
+    whole, _ = whole_checkpoints(run_dir)
+    if not any(meta["step"] <= bad_step for _, meta in whole):
+        raise InputError(
+            f"{run_dir}: no checkpoint from before step {bad_step + 1} to go back to; lower optimizer.lr and begin "
+            "anew, or set checkpoint.every to fewer steps"
+        )
+    note_passed_over(run_dir, bad_step)  # from here on no resume takes the later ones, should this process be killed
+    for checkpoint, meta in whole:
+        if meta["step"] > bad_step:
+            remove_checkpoint(checkpoint)
+
+
+def _clean(run_dir: Path) -> None:
+    """Says what is left out, and takes it from where the next pruning would count it among the last n."""
+    _, skipped = whole_checkpoints(run_dir)
+    said = [f"skipped: {reason}" for reason in skipped.values()]
+    for checkpoint in skipped:
+        said.append(f"{checkpoint}: now {set_aside(checkpoint).name}")
+    for line in [*said, *remove_leftovers(run_dir)]:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _decided_by_rank_0(decide: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on every rank; its InputError too."""
+    value, problem = None, None
     if comm.rank() == 0:
         try:
-            found = find_resumable(trainer.config, data_digest, comm.world_size())
+            value = decide()
         except InputError as error:
             problem = error
-    found, problem = comm.from_rank_0((found, problem))
+    value, problem = comm.from_rank_0((value, problem))
     if problem is not None:
         raise problem
-    if found is None:
-        return RunRecord()
-    newest, _ = found
-    trainer.engine.load(newest)
-    if trainer.teacher is not None and trainer.ema is not None:
-        trainer.teacher.load_state_dict(load_file(newest / "teacher.safetensors"))
-    return RunRecord.from_json(read_meta(newest)["record"])
+    return value
 
 
 def _is_free(key: str) -> bool:
