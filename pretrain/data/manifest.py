@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tarfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,14 +18,19 @@ from data_prep.schema import INDEX_DTYPE, SCHEMA_VERSION, Sample, ShardManifest
 _MAX_OPEN_SHARDS = 64  # by process; the usual limit of a process is 1,024 files, a large set has more shards
 
 
+class DamagedSample(InputError):  # noqa: N818 (says what it is)
+    """One sample's bytes are not what was prepared; the others can be read."""
+
+
 class ShardedDataset:
     """Random access to the samples of one split. Cheap to send to another process; opens shards when first read."""
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, with_tars: bool = True) -> None:
+        """`with_tars=False`: manifest.json and index.npy alone, nothing to be read by offsets (the streaming mode)."""
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
         self.index = self._map_index()
-        for shard in self.manifest.shards:
+        for shard in self.manifest.shards if with_tars else ():
             path = self.directory / shard.name
             if not path.is_file() or path.stat().st_size != shard.num_bytes:
                 raise InputError(f"{path}: missing or not of the size in manifest.json; run `dermvlp prepare` again")
@@ -45,7 +51,8 @@ class ShardedDataset:
     def _map_index(self) -> NDArray[np.void]:
         path = self.directory / "index.npy"
         try:
-            index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+            # as a plain array: numpy's class for maps takes longer to give a row than reading the image does
+            index: NDArray[np.void] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path}: cannot be read ({error}); run `dermvlp prepare` again") from None
         if index.dtype != INDEX_DTYPE or len(index) != self.manifest.num_samples:
@@ -61,6 +68,10 @@ class ShardedDataset:
     def shard_sizes(self) -> NDArray[np.int64]:
         return np.array([shard.num_samples for shard in self.manifest.shards], dtype=np.int64)
 
+    def first_of_shard(self, shard: int) -> int:
+        """Position in the index of a shard's first sample."""
+        return sum(info.num_samples for info in self.manifest.shards[:shard])
+
     def read_image(self, position: int) -> bytes:
         """The JPEG of the sample at this position of the index."""
         row = self.index[position]
@@ -72,10 +83,23 @@ class ShardedDataset:
         try:
             return Sample.model_validate_json(raw)
         except ValidationError as error:
-            shard = self.manifest.shards[int(row["shard"])].name
-            raise InputError(
-                f"{self.directory / shard}: sample {position} is damaged; run `dermvlp verify`: {error}"
+            what = " ".join(str(error).split())
+            raise DamagedSample(
+                f"{self.shard_of(position)}: sample {position} is damaged; run `dermvlp verify`: {what}"
             ) from None
+
+    def shard_of(self, position: int) -> Path:
+        """The tar that holds the sample."""
+        return self.directory / self.manifest.shards[int(self.index[position]["shard"])].name
+
+    def read_key(self, position: int) -> str | None:
+        """The sample's key, from the tar's header, which can be whole where the sample is not; None where it is not."""
+        row = self.index[position]
+        try:
+            header = self._read(int(row["shard"]), int(row["image_offset"]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+            return Path(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name).stem
+        except (DamagedSample, tarfile.HeaderError):
+            return None
 
     def _read(self, shard: int, offset: int, num_bytes: int) -> bytes:
         path = self.directory / self.manifest.shards[shard].name
@@ -86,7 +110,7 @@ class ShardedDataset:
         self._files.move_to_end(shard)
         content = os.pread(self._files[shard], num_bytes, offset)
         if len(content) != num_bytes:
-            raise InputError(f"{path}: ends before byte {offset + num_bytes}; run `dermvlp prepare` again")
+            raise DamagedSample(f"{path}: ends before byte {offset + num_bytes}; run `dermvlp prepare` again")
         return content
 
 

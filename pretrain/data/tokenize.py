@@ -44,6 +44,12 @@ class TextTokenizer:
         return np.asarray(row[:length], dtype=np.int64)
 
     @property
+    def max_length(self) -> int | None:
+        """The most tokens that the tokenizer's own files allow, where they say."""
+        limit = getattr(getattr(self._tokenizer, "tokenizer", None), "model_max_length", None)
+        return int(limit) if limit is not None and limit < 1e9 else None  # transformers' "unknown" is 1e30
+
+    @property
     def _ends_with_largest(self) -> bool:
         return hasattr(self._tokenizer, "eot_token_id")
 

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from data_prep.errors import InputError
 from pretrain.distributed import comm
+
+
+class SharedInputError(InputError):
+    """Raised on all ranks at the same place, with the same message: rank 0 says it for all."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pretrain.data.transforms import decode
 
 class PlainTransform:
     def __init__(self, image_px: int) -> None:
+        self.image_px = image_px
         resize = v2.Resize(image_px, interpolation=v2.InterpolationMode.BICUBIC)
         self._transform = v2.Compose([resize, v2.CenterCrop(image_px), v2.PILToTensor()])
 
