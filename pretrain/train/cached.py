@@ -36,7 +36,7 @@ class _Part:
 
 
 @dataclass
-class _Cache:
+class Cache:
     """Features of this rank's whole share as leaves, whose `grad` the loss fills."""
 
     text_RD: Tensor
@@ -48,16 +48,15 @@ class _Cache:
     logit_bias: Tensor | None
 
 
-def backward_cached(trainer: Trainer, batch: Batch, step: int) -> tuple[Tensor, dict[str, Term]]:
+def backward_cached(trainer: Trainer, batch: Batch, step: int) -> tuple[Tensor, dict[str, Term], bool]:
     """As `step.backward_whole`, `config.micro_batch_size` images and a like share of the texts at a time."""
-    parts = _Parts(trainer, batch, step)
+    parts = Parts(trainer, batch, step)
     cache = parts.encode() if trainer.contrastive else None
-    terms: dict[str, Term] = {}
+    terms = {} if cache is None else contrastive_terms(trainer, batch, cache)
+    # with masked latents the loss is known after the backward only, whose gradients are forgotten then
+    if trainer.masked_latent is None and not trainer.learns_from(step, trainer.total(terms), terms):
+        return trainer.total(terms).detach(), terms, False
     if cache is not None:
-        features = gather_features(
-            batch, cache.image_BD, cache.text_UD, cache.regions, cache.logit_scale, cache.logit_bias
-        )
-        terms = {objective.label: objective(features) for objective in trainer.contrastive}
         trainer.total(terms).backward()  # fills the cache's gradients
 
     masked = parts.backward_images(cache)
@@ -65,11 +64,21 @@ def backward_cached(trainer: Trainer, batch: Batch, step: int) -> tuple[Tensor, 
         parts.backward_texts(cache)
     if trainer.masked_latent is not None:
         terms[trainer.masked_latent.label] = _sum(masked)
-    return trainer.total(terms).detach(), terms
+    loss = trainer.total(terms).detach()
+    if trainer.masked_latent is not None and not trainer.learns_from(step, loss, terms):
+        trainer.engine.forget()
+        return loss, terms, False
+    return loss, terms, True
 
 
-class _Parts:
-    """One step's micro-batches."""
+def contrastive_terms(trainer: Trainer, batch: Batch, cache: Cache) -> dict[str, Term]:
+    """The contrastive terms over the global batch, from features of `Parts.encode`."""
+    features = gather_features(batch, cache.image_BD, cache.text_UD, cache.regions, cache.logit_scale, cache.logit_bias)
+    return {objective.label: objective(features) for objective in trainer.contrastive}
+
+
+class Parts:
+    """One step's micro-batches, `micro_batch_size` images each; the last can be smaller in validation."""
 
     def __init__(self, trainer: Trainer, batch: Batch, step: int) -> None:
         self.trainer, self.packed, self.step = trainer, batch.packed, step
@@ -77,7 +86,7 @@ class _Parts:
         self._batch = batch
 
     @torch.no_grad()
-    def encode(self) -> _Cache:
+    def encode(self) -> Cache:
         """Pass 1. Texts first: they choose the regions, so that no patch outlives its part."""
         trainer = self.trainer
         texts, images, regions = [], [], []
@@ -87,13 +96,13 @@ class _Parts:
         with torch.enable_grad():
             gathered_UD = gather_texts(text_RD, self._batch)
         for number, part in enumerate(self.images):
-            encoded = self._encode_images(number, predict=False)
+            encoded = self.encode_images(number, predict=False)
             images.append(encoded.image_BD)
             if trainer.sigma is not None:
                 text_bKD = texts_of_slots(gathered_UD, part.text_bK)
                 regions.append(select_regions(encoded.patch_BPD, text_bKD, trainer.sigma))
         bias = encoded.logit_bias
-        return _Cache(
+        return Cache(
             text_RD=text_RD,
             gathered_UD=gathered_UD,
             text_UD=_leaf(gathered_UD),
@@ -103,11 +112,11 @@ class _Parts:
             logit_bias=None if bias is None else _leaf(bias),
         )
 
-    def backward_images(self, cache: _Cache | None) -> list[Term]:
+    def backward_images(self, cache: Cache | None) -> list[Term]:
         """Pass 2 of the images; returns the parts' shares of the masked-latent term."""
         trainer, masked = self.trainer, []
         for number, part in enumerate(self.images):
-            encoded = self._encode_images(number, predict=True, touch_texts=cache is not None and number == 0)
+            encoded = self.encode_images(number, predict=True, touch_texts=cache is not None and number == 0)
             losses = [] if cache is None else self._inner_products(cache, encoded, number)
             if trainer.masked_latent is not None and trainer.teacher is not None:
                 target_bTW = trainer.teacher(part.image_bCHW)
@@ -118,7 +127,7 @@ class _Parts:
             trainer.engine.backward(torch.stack(losses).sum(), last=is_last)
         return masked
 
-    def _inner_products(self, cache: _Cache, encoded: Encoded, number: int) -> list[Tensor]:
+    def _inner_products(self, cache: Cache, encoded: Encoded, number: int) -> list[Tensor]:
         """What sends the cached gradients through the image tower, and a region's into `cache.text_UD`."""
         part = self.images[number]
         rows = slice(number * len(part.text_bK), (number + 1) * len(part.text_bK))
@@ -133,7 +142,7 @@ class _Parts:
                 losses.append(_inner(encoded.logit_bias, _gradient(cache.logit_bias)))
         return [*losses, _nothing(encoded)]
 
-    def backward_texts(self, cache: _Cache) -> None:
+    def backward_texts(self, cache: Cache) -> None:
         """Pass 2 of the texts: one collective brings every rank's gradients of the texts that this rank encodes."""
         (gradient_RD,) = torch.autograd.grad(cache.gathered_UD, cache.text_RD, _gradient(cache.text_UD))
         sizes = [len(packed.order_R) for packed in self.packed]
@@ -142,7 +151,7 @@ class _Parts:
             loss = _inner(encoded.text_RD, gradient) + _nothing(encoded)
             self.trainer.engine.backward(loss, last=number == len(sizes) - 1)
 
-    def _encode_images(self, number: int, predict: bool, touch_texts: bool = False) -> Encoded:
+    def encode_images(self, number: int, predict: bool, touch_texts: bool = False) -> Encoded:
         part = self.images[number]
         # the first backward of a step reaches every parameter: ZeRO-3 overwrites what is left of the last step's
         # gradients there, and adds afterwards
@@ -161,7 +170,7 @@ class _Parts:
 
 
 def _split(batch: Batch, size: int) -> list[_Part]:
-    num_parts = batch.image_BCHW.shape[0] // size
+    num_parts = len(batch.image_BCHW.split(size))
 
     def chunks(tensor: Tensor | None) -> Sequence[Tensor | None]:
         return [None] * num_parts if tensor is None else tensor.split(size)

@@ -21,12 +21,20 @@ MAX_CHART_POINTS = 400
 
 
 def loss_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """The run's losses by objective, then its temperature and learning rate, by step."""
+    """The run's losses by objective, then its temperature and learning rate, then its validations' values, by step."""
     records = read_metrics(run_dir / "metrics.jsonl")
-    if not records:
-        return {}
-    names = [name for name in records[-1] if name.startswith("loss")] + ["logit_scale", "lr"]
-    return {name.removeprefix("loss/"): [(int(r["step"]), float(r[name])) for r in records] for name in names}
+    steps = [record for record in records if "loss" in record]
+    names = [name for name in (steps[-1] if steps else {}) if name.startswith("loss")]
+    names += ["logit_scale", "lr"] if steps else []
+    curves = {name.removeprefix("loss/"): _series(steps, name) for name in names}
+    validations = [record for record in records if "val/loss" in record]
+    return curves | {
+        name: _series(validations, name) for name in (validations[-1] if validations else {}) if name != "step"
+    }
+
+
+def _series(records: Sequence[Mapping[str, float]], name: str) -> list[tuple[int, float]]:
+    return [(int(record["step"]), float(record[name])) for record in records if name in record]
 
 
 def plot_losses(series: LossSeries, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of a run: JSON Lines for programs, a line or a live bar for people, a picture of the curves."""
+"""Metrics of a run: JSON Lines for programs, a line or a live view for people, trackers for teams."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 from torch import Tensor
 
 from data_prep.errors import InputError
 from data_prep.files import write_atomically
+from pretrain.config import TrainConfig
 from pretrain.distributed import comm
 from pretrain.objectives.base import Term
+from pretrain.train.live_view import LiveView, losses_text, speed_text, time_text, validation_text
+from pretrain.train.trackers import describe, open_trackers
 
 
 def reduce_terms(loss: Tensor, terms: dict[str, Term]) -> dict[str, float]:
@@ -51,60 +54,81 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Rank 0's `metrics.jsonl` and terminal; the other ranks' calls do nothing.
+    """Rank 0's `metrics.jsonl`, terminal and trackers; the other ranks' calls do nothing.
 
-    On resume the lines past the checkpoint are dropped: those steps are done again.
+    On resume the lines past the checkpoint are dropped: those steps are done again. Raises InputError, on all ranks,
+    for a tracker that cannot start.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, num_steps: int) -> None:
+    def __init__(self, config: TrainConfig, first_step: int) -> None:
         self._is_main = comm.rank() == 0
+        self._num_steps, self._first_step, self._started = config.steps, first_step, time.monotonic()
+        self._view: LiveView | None = None
+        self._trackers = open_trackers(config, first_step, self.say)
         if not self._is_main:
             return
-        path = run_dir / "metrics.jsonl"
+        path = config.run_dir / "metrics.jsonl"
         kept = [record for record in read_metrics(path) if record["step"] <= first_step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = path.open("a", encoding="utf-8")
-        self._num_steps = num_steps
-        self._started, self._first_step = time.monotonic(), first_step
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns)
-            self._bar.start()
-            self._task = self._bar.add_task("training", total=num_steps, completed=first_step)
+        console = Console(stderr=True)
+        if sys.stderr.isatty() and not console.is_dumb_terminal:
+            self._view = LiveView(console, first_step, config.steps)
 
     def advance(self, step: int) -> None:
-        if self._is_main and self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        if self._view is not None:
+            self._view.advance(step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """`step` steps are done."""
         if not self._is_main:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        losses = "  ".join(
-            f"{name.removeprefix('loss/')} {value:.3f}" for name, value in values.items() if name.startswith("loss")
-        )
-        rate = (step - self._first_step) / (time.monotonic() - self._started)
-        left_s = (self._num_steps - step) / max(rate, 1e-9)
-        line = f"step {step}/{self._num_steps}  {losses}  {values['samples_per_s']:.0f} samples/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=losses)
+        self._record(step, values)
+        per_step_s = (time.monotonic() - self._started) / (step - self._first_step)
+        left_s = (self._num_steps - step) * per_step_s
+        if self._view is not None:
+            self._view.show(values, left_s)
         else:
-            print(f"{line}  {left_s:.0f} s left", file=sys.stderr, flush=True)
+            progress = f"step {step}/{self._num_steps}  {losses_text(values)}"
+            self.say(f"{progress}  {speed_text(values)}, {time_text(left_s)} left")
 
     def write_validation(self, step: int, values: dict[str, float]) -> None:
         """`step` steps are done. A record of its own in metrics.jsonl, with `val/...` names."""
+        if not self._is_main:
+            return
+        self._record(step, values)
+        if self._view is not None:
+            self._view.show_validation(step, values)
+        else:
+            self.say(f"validation at step {step}: {validation_text(values)}")
+
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for tracker in list(self._trackers):
+            try:
+                tracker.write(step, values)
+            except Exception as error:  # of somebody else's library, or the server behind it: no reason to stop
+                self._trackers.remove(tracker)
+                self.say(f"warning: {tracker.name} failed at step {step} and is left out from here: {describe(error)}")
 
     def say(self, message: str) -> None:
-        if self._is_main:
-            (self._bar.console.print if self._bar is not None else lambda m: print(m, file=sys.stderr, flush=True))(
-                message
-            )
+        if not self._is_main:
+            return
+        if self._view is not None:
+            self._view.say(message)
+        else:
+            print(message, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self._is_main:
-            if self._bar is not None:
-                self._bar.stop()
-            self._file.close()
+        if not self._is_main:
+            return
+        if self._view is not None:
+            self._view.stop()
+            self._view = None
+        self._file.close()
+        for tracker in self._trackers:
+            try:
+                tracker.close()
+            except Exception as error:
+                self.say(f"warning: {tracker.name} did not end well: {describe(error)}")

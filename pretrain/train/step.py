@@ -1,7 +1,7 @@
 """One training step, to be read in one sitting.
 
-Nothing of ours in it waits for the device (tests/unit/pretrain/test_no_synchronisation.py). DeepSpeed reads a few
-scalars in its own step.
+Nothing of ours in it waits for the device (tests/unit/pretrain/test_no_synchronisation.py), unless bad steps are to be
+skipped: the loss is read first then. DeepSpeed reads a few scalars in its own step.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from pretrain.train.trainer import Trainer
 
 
 def training_step(trainer: Trainer, batch: Batch, step: int) -> tuple[Tensor, dict[str, Term]]:
-    """Updates the weights; returns (W x this rank's share of the total loss, the terms by label)."""
+    """Updates the weights, or skips a bad step; returns (W x this rank's share of the total loss, terms by label)."""
     config, engine = trainer.config, trainer.engine
     in_parts = config.micro_batch_size not in (None, batch.image_BCHW.shape[0])
-    loss, terms = (backward_cached if in_parts else backward_whole)(trainer, batch, step)
+    loss, terms, learns = (backward_cached if in_parts else backward_whole)(trainer, batch, step)
+    if not learns:
+        return loss, terms
     engine.step(learning_rate(config.optimizer, step, config.steps))
     if trainer.max_log_scale is not None:
         engine.clamp_(trainer.model.logit_scale, trainer.max_log_scale)
@@ -35,11 +37,10 @@ def training_step(trainer: Trainer, batch: Batch, step: int) -> tuple[Tensor, di
     return loss, terms
 
 
-def backward_whole(trainer: Trainer, batch: Batch, step: int) -> tuple[Tensor, dict[str, Term]]:
-    """Gradients of one forward over this rank's whole share of the global batch."""
+def backward_whole(trainer: Trainer, batch: Batch, step: int) -> tuple[Tensor, dict[str, Term], bool]:
+    """Gradients of one forward over this rank's whole share of the global batch; False: none, the step is bad."""
     torch.manual_seed(step_seed(trainer.config.seed, step, comm.rank()))  # dropout: of the step, not of history
-    packed = batch.packed[0] if trainer.contrastive else None
-    image_BCHW = trainer.normalise(batch.image_BCHW)
+    image_BCHW, packed = trainer.normalise(batch.image_BCHW), batch.packed[0] if trainer.contrastive else None
     encoded = Encoded(**trainer.engine(image_BCHW, packed, batch.visible_BV, batch.masked_BM))
 
     terms = {}
@@ -48,13 +49,12 @@ def backward_whole(trainer: Trainer, batch: Batch, step: int) -> tuple[Tensor, d
         regions = None
         if trainer.sigma is not None:
             regions = select_regions(encoded.patch_BPD, texts_of_slots(text_UD, batch.text_BK), trainer.sigma)
-        scale, bias = encoded.logit_scale, encoded.logit_bias
-        features = gather_features(batch, encoded.image_BD, text_UD, regions, scale, bias)
+        features = gather_features(batch, encoded.image_BD, text_UD, regions, encoded.logit_scale, encoded.logit_bias)
         terms = {objective.label: objective(features) for objective in trainer.contrastive}
     if trainer.masked_latent is not None and trainer.teacher is not None:
-        target_BTW = trainer.teacher(batch.image_BCHW)
-        term = trainer.masked_latent(encoded, target_BTW, batch.visible_BV, batch.masked_BM)
+        term = trainer.masked_latent(encoded, trainer.teacher(batch.image_BCHW), batch.visible_BV, batch.masked_BM)
         terms[trainer.masked_latent.label] = term
     loss = trainer.total(terms)
-    trainer.engine.backward(loss)
-    return loss.detach(), terms
+    if learns := trainer.learns_from(step, loss, terms):
+        trainer.engine.backward(loss)
+    return loss.detach(), terms, learns

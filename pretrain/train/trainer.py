@@ -20,6 +20,10 @@ from pretrain.objectives.masked_latent import MaskedLatent
 #: and get the same values; towers are in training mode again afterwards
 Validator = Callable[[], dict[str, float]]
 
+#: (step, W x this rank's share of the loss, the terms by label) -> whether the step is bad. All ranks call it together
+#: and get the same answer, for which the device is waited for
+IsBad = Callable[[int, Tensor, dict[str, Term]], bool]
+
 
 @dataclass
 class Trainer:
@@ -33,8 +37,13 @@ class Trainer:
     ema: EmaTeacher | None
     sigma: float | None  # of the local-alignment term, where there is one
     max_log_scale: float | None
+    is_bad: IsBad | None = None  # where bad steps are skipped (train/guard.py)
 
     def total(self, terms: dict[str, Term]) -> Tensor:
         """The weighted sum of the terms' losses."""
         weights = {objective.label: objective.weight for objective in self.config.objectives}
         return torch.stack([weights[label] * term.loss for label, term in terms.items()]).sum()
+
+    def learns_from(self, step: int, loss: Tensor, terms: dict[str, Term]) -> bool:
+        """False for a bad step that is to be skipped."""
+        return self.is_bad is None or not self.is_bad(step, loss, terms)
