@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.commands import add_commands
 from data_prep.errors import InputError
+from pretrain.train.signals import hold
 
 # Each command imports what it needs: `dermvlp prepare` runs on a machine without torch.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    if argv is None and arguments.run is _train:  # a process of its own; its imports take seconds
+        hold()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return int(arguments.run(arguments) or 0)
@@ -39,7 +43,14 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     add_commands(add)
-    add("train", _train, "pretrain; goes on with the run in run_dir, if there is one", "YAML, see configs/pretrain/")
+    text = "pretrain; goes on with the run in run_dir, if there is one"
+    train = add("train", _train, text, "YAML, see configs/pretrain/")
+    train.add_argument("--plan", action="store_true", help="print what the run will be and need, and train nothing")
+    train.add_argument("--json", action="store_true", help="with --plan: as one JSON object")
+    train.add_argument("--nnodes", type=int, default=1, help="nodes; each runs this command")
+    train.add_argument("--nproc-per-node", type=int, help="ranks of this node; by default launch.num_ranks")
+    train.add_argument("--rdzv-endpoint", help="HOST:PORT: the first node's name and a free port, for all the same")
+    train.add_argument("--rdzv-id", default=os.environ.get("SLURM_JOB_ID", "dermvlp"), help="of this run")
     evaluate = add("evaluate", _evaluate, "zero-shot and retrieval of a run's newest checkpoint")
     evaluate.add_argument("run_dir", type=Path)
     evaluate.add_argument("--data", type=Path, required=True, help="folder of a split, with manifest.json")
@@ -57,9 +68,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from pretrain.train.launch import launch
+    from pretrain.train.launch import Nodes, launch
 
-    return launch(arguments.config, arguments.overrides)
+    if arguments.plan:
+        return _plan(arguments)
+    if arguments.json:
+        raise InputError("--json belongs to --plan")
+    nodes = Nodes(arguments.nnodes, arguments.rdzv_endpoint, arguments.rdzv_id, arguments.nproc_per_node)
+    return launch(arguments.config, arguments.overrides, nodes)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pretrain.train.__main__ import load_training_config
+    from pretrain.train.preflight.report import print_plan
+
+    config = load_training_config(arguments.config, arguments.overrides)
+    num_ranks = None if arguments.nproc_per_node is None else arguments.nnodes * arguments.nproc_per_node
+    return print_plan(config, num_ranks, as_json=arguments.json)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

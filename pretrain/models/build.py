@@ -46,7 +46,7 @@ def build_open_clip(config: ModelConfig, load_pretrained: bool = True, with_logi
 
     Raises InputError for a model that cannot be built and for weights that do not fit it.
     """
-    _check_quick_gelu(config)
+    check_quick_gelu(config)
     spec = resolved_spec(config)
     load_pretrained = load_pretrained and not config.tiny
     # an HF text tower starts from its own published weights, unless those of a whole model replace them
@@ -76,6 +76,7 @@ def _create(config: ModelConfig, spec: OpenClipConfig, pretrained_text: bool, wi
             model: CustomTextCLIP = open_clip.create_model(
                 f"local-dir:{folder}",
                 load_weights=False,
+                device=torch.get_default_device(),  # meta, where only the structure is asked for
                 pretrained_text=pretrained_text,
                 # timm's towers take their resolution only so
                 force_image_size=model_cfg["vision_cfg"].get("image_size", 224),
@@ -87,8 +88,8 @@ def _create(config: ModelConfig, spec: OpenClipConfig, pretrained_text: bool, wi
     return model.float()  # transformers builds an HF tower in the precision that its weights were saved in
 
 
-def _check_quick_gelu(config: ModelConfig) -> None:
-    """open_clip only warns when weights trained with QuickGELU are loaded into a model with GELU."""
+def check_quick_gelu(config: ModelConfig) -> None:
+    """Raises InputError for weights trained with QuickGELU in a model with GELU: open_clip only warns."""
     if config.pretrained is None:
         return
     tag = open_clip.get_pretrained_cfg(config.name, config.pretrained)

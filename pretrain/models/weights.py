@@ -227,6 +227,11 @@ def _beginnings(state: State) -> str:
 # ---------------------------------------------------------------------------------------------------- where a file is
 
 
+def needs_download(source: str, model_name: str = "") -> bool:
+    """Whether `weights_file` would ask a hub (or its cache) for the file."""
+    return source.startswith("hf-hub:") or bool(get_pretrained_cfg(model_name, source))
+
+
 def weights_file(source: str, field: str, model_name: str = "") -> Path:
     """The file on this machine: a path, `package:NAME/file`, `hf-hub:ORG/NAME[/file]`, `local-dir:FOLDER`, or a tag.
 
