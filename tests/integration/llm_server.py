@@ -96,12 +96,17 @@ def _payload(reply: Reply, model: str) -> dict[str, Any]:
 
 
 @contextmanager
-def serve(script: Callable[[str], Sequence[Reply]]) -> Iterator[LLMServer]:
-    """A server on a free port, stopped on leaving."""
+def serve(script: Callable[[str], Sequence[Reply]], port: int = 0) -> Iterator[LLMServer]:
+    """A server, by default on a free port, stopped on leaving. As vLLM's it says by /health that it is ready."""
     state = LLMServer(script)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
         def do_POST(self) -> None:
             if self.path != "/v1/chat/completions":
@@ -115,7 +120,7 @@ def serve(script: Callable[[str], Sequence[Reply]]) -> Iterator[LLMServer]:
         def log_message(self, format: str, *args: object) -> None:
             """No lines on the test's standard error."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

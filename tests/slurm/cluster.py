@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -24,7 +24,8 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 _START_S = 30.0
 _STOP_S = 20.0
 
-#: `cred_expire` and `KillWait` make a requeue quick, the scheduler's intervals a chain of jobs.
+#: `cred_expire` and `KillWait` make a requeue quick, the scheduler's intervals a chain of jobs. A job of the partition
+#: `urgent` preempts those of `all`, which get their signal and the time of grace.
 _CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -50,7 +51,10 @@ SelectTypeParameters=CR_CPU_Memory
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
-PartitionName=all Nodes=ALL Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2 PreemptMode=OFF
 """
 _NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory={memory_mb}{gres}\n"
 
@@ -73,6 +77,7 @@ class Job:
 class Cluster:
     directory: Path
     nodes: tuple[str, ...]
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # munged, slurmctld, and by node
 
     def run(self, command: Sequence[str], cwd: Path | None = None, **environment: str) -> str:
         """What the command printed, which finds this cluster and no outer SLURM job; a failure is a RuntimeError."""
@@ -96,6 +101,15 @@ class Cluster:
         wait_for(ended, f"the end of jobs {', '.join(job_ids)}", timeout_s)
         return self.jobs(*job_ids)
 
+    def wait_for_state(self, job_id: str, state: str, timeout_s: float = 60.0) -> Job:
+        wait_for(lambda: [job.state for job in self.jobs(job_id)] == [state], f"job {job_id} {state}", timeout_s)
+        return self.jobs(job_id)[0]
+
+    def describe(self, job_id: str) -> dict[str, str]:
+        """What `scontrol show job` says: Restarts, ExitCode, ..."""
+        words = self.run(["scontrol", "--oneliner", "show", "job", job_id]).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
     def processes(self, **environment: str) -> list[psutil.Process]:
         """Those of jobs and daemons that were started with these variables."""
         wanted = {"SLURM_CONF": str(self._conf_path)} | environment
@@ -105,6 +119,26 @@ class Cluster:
                 if wanted.items() <= process.environ().items():
                     found.append(process)
         return found
+
+    def start(self, name: str, *command: str) -> None:
+        environment = os.environ | {"SLURM_CONF": str(self._conf_path)}
+        with (self.directory / f"{name}.out").open("ab") as out:
+            # setpriv: a test run that is killed takes them with it
+            self.daemons[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig=KILL", *command], env=environment, cwd=self.directory, stdout=out, stderr=out
+            )
+
+    def start_node(self, node: str) -> None:
+        self.start(node, "slurmd", "-D", "-N", node)
+
+    def lose_node(self, node: str) -> None:
+        """As a power cut: nothing of it says goodbye."""
+        tasks = self.processes(SLURMD_NODENAME=node)
+        parents = [parent for task in tasks if (parent := task.parent()) is not None]
+        self.daemons[node].kill()
+        for process in [*(parent for parent in parents if "slurmstepd" in parent.name()), *tasks]:
+            with suppress(psutil.Error):
+                process.kill()
 
     @property
     def _conf_path(self) -> Path:
@@ -135,12 +169,11 @@ def running_cluster(
     with tempfile.TemporaryDirectory(prefix="slurm-") as name:
         cluster = Cluster(Path(name), tuple(f"n{number}" for number in range(1, num_nodes + 1)))
         _write_files(cluster, cpus_per_node, memory_mb_per_node, gpus_per_node)
-        daemons: list[subprocess.Popen[bytes]] = []
         try:
-            _start(cluster, daemons)
+            _start(cluster)
             yield cluster
         finally:
-            _stop(cluster, daemons)
+            _stop(cluster)
 
 
 def _write_files(cluster: Cluster, cpus: int, memory_mb: int, num_gpus: int) -> None:
@@ -171,24 +204,16 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _start(cluster: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
+def _start(cluster: Cluster) -> None:
     directory = cluster.directory
-    environment = os.environ | {"SLURM_CONF": str(directory / "slurm.conf")}
-
-    def start(name: str, *arguments: str) -> None:
-        # setpriv: a test run that is killed takes them with it
-        command = ["setpriv", "--pdeathsig=KILL", name, *arguments]
-        with (directory / f"{name}.out").open("ab") as out:
-            daemons.append(subprocess.Popen(command, env=environment, cwd=directory, stdout=out, stderr=out))
 
     def all_idle() -> bool:
-        if ended := [str(daemon.args) for daemon in daemons if daemon.poll() is not None]:
+        if ended := [str(daemon.args) for daemon in cluster.daemons.values() if daemon.poll() is not None]:
             logs = "\n".join(path.read_text(errors="replace")[-800:] for path in sorted(directory.glob("*.out")))
             raise RuntimeError(f"ended at once: {', '.join(ended)}\n{logs}")
         with suppress(RuntimeError):  # slurmctld does not listen yet
-            return len(cluster.run(["sinfo", "--Node", "--noheader", "--states=idle"]).splitlines()) == len(
-                cluster.nodes
-            )
+            lines = cluster.run(["sinfo", "--Node", "--noheader", "--states=idle", "--format=%N"])
+            return set(lines.split()) == set(cluster.nodes)
         return False
 
     munge_files = {
@@ -198,19 +223,21 @@ def _start(cluster: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
         "log-file": "munged.log",
     }
     munge_files |= {"seed-file": "munged.seed"}
-    start("munged", "--foreground", "--force", *(f"--{name}={directory / file}" for name, file in munge_files.items()))
+    munge_options = [f"--{name}={directory / file}" for name, file in munge_files.items()]
+    cluster.start("munged", "munged", "--foreground", "--force", *munge_options)
     wait_for((directory / "munge.socket").exists, "munged", _START_S)
-    start("slurmctld", "-D")
+    cluster.start("slurmctld", "slurmctld", "-D")
     for node in cluster.nodes:
-        start("slurmd", "-D", "-N", node)
+        cluster.start_node(node)
     wait_for(all_idle, "idle nodes", _START_S)
 
 
-def _stop(cluster: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
+def _stop(cluster: Cluster) -> None:
     """Jobs, then daemons, then whatever of them is left."""
     with suppress(RuntimeError, TimeoutError, subprocess.TimeoutExpired):
         cluster.run(["scancel", "--user=root"])
         wait_for(lambda: not cluster.run(["squeue", "--noheader"]), "jobs to end", _STOP_S)
+    daemons = list(cluster.daemons.values())
     for daemon in reversed(daemons):
         daemon.terminate()
     for daemon in reversed(daemons):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,13 +18,12 @@ from filelock import FileLock
 
 from tests.integration.tables import plain_rows, published, write_table
 from tests.slurm.cluster import Cluster, Job, running_cluster, wait_for, why_not
+from tests.slurm.conftest import REPOSITORY, SALT, logs
 
 _WHY_NOT = why_not()
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(_WHY_NOT is not None, reason=_WHY_NOT or "")]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ("scan", "plan", "captions", "shards", "merge")
-SALT = "a secret of these tests"
 NUM_ROWS = 300
 NUM_PARTS = 4
 ONE_WORKER = "num_workers=1"  # the nodes' eight cores are not there
@@ -59,23 +57,6 @@ def expected(source_dir: Path) -> dict[str, bytes]:
     assert {"rejected.csv", "train/index.npy", "val/index.npy"} < files.keys()
     assert files["rejected.csv"].count(b"\n") > 4
     return files
-
-
-@pytest.fixture
-def submit_dir(tmp_path: Path) -> Path:
-    """What the scripts see of a checkout, with the environment that a user would write."""
-    shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("env.sh"))
-    environment = {
-        "PATH": f"{Path(sys.executable).parent}:$PATH",
-        "PYTHONPATH": str(REPOSITORY),
-        "DERMVLP_SALT": SALT,
-        "DERMVLP_DATA": os.environ.get("DERMVLP_DATA", ""),
-    }
-    lines = [f'export {name}="{value}"' for name, value in environment.items()]
-    # as modules and conda do, which the script must bear
-    lines.append('if [ "$NOT_SET_ANYWHERE" = 1 ]; then false; fi')
-    (tmp_path / "slurm" / "env.sh").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    return tmp_path
 
 
 def real_source(directory: Path) -> dict[str, Any]:
@@ -121,10 +102,6 @@ def wait_for_all(cluster: Cluster, jobs: dict[str, str]) -> dict[str, list[Job]]
 
 def states(tasks: list[Job]) -> set[str]:
     return {task.state for task in tasks}
-
-
-def logs(submit_dir: Path) -> str:
-    return "\n".join(f"{path.name}: {path.read_text(encoding='utf-8')}" for path in sorted(submit_dir.glob("*.out")))
 
 
 def part_processes(cluster: Cluster, job: str, part: int) -> list[psutil.Process]:
