@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_prep.schema import SUBCAPTION_ASPECTS, Aspect, Frozen
+from pretrain.deepspeed_options import refused_option
 
 ALL_ASPECTS: tuple[Aspect, ...] = tuple(Aspect)
 
@@ -30,22 +32,44 @@ class AugmentationConfig(Frozen):
 class StreamConfig(Frozen):
     """Shards read one after another through the webdataset library, where no random access is to be had.
 
-    `data.train_dir` still names the folder (or its copy) with manifest.json and index.npy; the tars come from `url`.
-    Resumes at a shard's boundary.
+    `data.train_dir` names a folder with copies of manifest.json and index.npy; the tars come from `url`. The order
+    depends on the numbers of ranks and of reader processes (docs/reading.md).
     """
 
-    #: in front of a shard's name: `http://HOST/PATH/`, `pipe:aws s3 cp s3://BUCKET/PATH/{} -`, or a folder
+    #: `http://HOST/PATH/` in front of a shard's name, `pipe:aws s3 cp s3://BUCKET/PATH/{} -` with its name for {}, or
+    #: a folder. It is written to config.yaml and to checkpoints: a command takes its keys from the environment
     url: str
-    shuffle_buffer: PositiveInt = 2048  # samples of one reader process
+    shuffle_buffer: PositiveInt = 2048  # encoded samples of one reader process
+
+    @field_validator("url")
+    @classmethod
+    def _can_be_opened(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url.startswith("pipe:"):
+            if url.count("{}") != 1:
+                raise ValueError(f"{url!r}: a pipe needs one {{}}, where the shard's name goes")
+        elif parts.scheme in ("http", "https"):
+            if parts.username or parts.password:
+                raise ValueError(
+                    "a password in the url would stand in every log; use pipe: with a key file or variable"
+                )
+            if not url.endswith("/") or parts.query or parts.fragment:
+                raise ValueError(
+                    f"{url!r}: must end with /, as a shard's name follows; for a query use pipe:curl ...{{}}"
+                )
+        elif "://" in url:
+            raise ValueError(f"{url!r}: no http, https or folder; use pipe:, for example `pipe:aws s3 cp {url}{{}} -`")
+        return url
 
 
 class DataConfig(Frozen):
     train_dir: Path  # folder with manifest.json
     num_workers: int = Field(default=1, ge=0)  # reader processes per rank; no effect on the sample order
     prefetch_batches: PositiveInt = 2  # by each reader process
-    #: a folder on the node's own disk: shards are copied there before they are first read, by one rank of the node
+    #: a folder on the node's own disk: train_dir is copied there first, once a node, and found again by later runs
     stage_dir: Path | None = None
-    #: share of the samples seen that may have been undecodable (and replaced, see damaged.jsonl) before the run ends
+    #: share of the distinct samples seen (taken as 10,000 or more) that may be damaged, and replaced (damaged.jsonl),
+    #: before the run ends: 0.001 lets ten pass at any time, 0 none
     max_damaged_fraction: float = Field(default=0.001, ge=0, le=1)
     stream: StreamConfig | None = None  # None: random access by the manifest's offsets, exact resume
     shards_per_block: PositiveInt = 16  # how many shards a window of the shuffle spans
@@ -53,6 +77,12 @@ class DataConfig(Frozen):
     #: upper edges of the token-length buckets; None: those that pad the fewest tokens on a fixed sample of the data
     text_bucket_edges: tuple[PositiveInt, ...] | None = None
     num_text_buckets: PositiveInt = 8  # forwards of the text tower in a step; 4 pad a tenth more tokens
+
+    @model_validator(mode="after")
+    def _one_way_to_the_shards(self) -> Self:
+        if self.stream is not None and self.stage_dir is not None:
+            raise ValueError("stage_dir copies shards for random access, which stream does without; set one of them")
+        return self
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -256,13 +286,35 @@ class EngineConfig(Frozen):
 
     @model_validator(mode="after")
     def _masters_in_reach(self) -> EngineConfig:
-        if self.kind == "deepspeed" and self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError("bf16 needs zero_stage 1 or more: at 0 DeepSpeed keeps the fp32 masters out of reach")
+        if self.kind == "deepspeed" and self.precision != "fp32" and self.zero_stage == 0:
+            raise ValueError(f"{self.precision} needs zero_stage 1 or more: at 0 the fp32 masters are out of reach")
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_alone(self) -> EngineConfig:
+        if self.kind == "torch":
+            for name, is_set in {
+                "precision: fp16": self.precision == "fp16",
+                "offload_optimizer: cpu": self.offload_optimizer == "cpu",
+                "deepspeed: options": bool(self.deepspeed),
+            }.items():
+                if is_set:
+                    raise ValueError(f"{name} needs kind: deepspeed")
+        if self.offload_optimizer == "cpu" and self.zero_stage == 0:
+            raise ValueError("offload_optimizer: cpu needs zero_stage 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_options_are_further_ones(self) -> EngineConfig:
+        """What DeepSpeed itself does not know is refused when the engine is built: its import takes seconds."""
+        refusal = refused_option(self.deepspeed, offloads=self.offload_optimizer != "none")
+        if refusal is not None:
+            raise ValueError(refusal)
         return self
 
 
 class LaunchConfig(Frozen):
-    """`num_ranks` is for `dermvlp train`, which starts the ranks itself; under torchrun the launcher decides."""
+    """`num_ranks` is for `dermvlp train`, which starts that many on each node; another launcher decides itself."""
 
     num_ranks: PositiveInt = 1
     threads_per_rank: PositiveInt | None = None  # CPU threads of torch; None: torch's own choice
@@ -277,7 +329,10 @@ class CheckpointConfig(Frozen):
 
 
 class ValidationConfig(Frozen):
-    """Contrastive loss, retrieval and zero-shot on a held-out split, while training goes on."""
+    """Contrastive loss, retrieval and zero-shot on a held-out split, while training goes on.
+
+    Every image once, in equal batches of at most `global_batch_size`; a few samples that fill none are left out.
+    """
 
     val_dir: Path  # folder with manifest.json
     every: PositiveInt = 500  # steps; and after the last
@@ -290,11 +345,14 @@ class BadStepConfig(Frozen):
 
     `stop` ends the run. `skip` leaves the weights as they are and costs one wait for the device in every step.
     `rollback` goes back to the newest checkpoint before it and passes over its batch. Seen at the next logged step,
-    but for `skip`.
+    but for `skip`, and before a checkpoint is written. All that was found is in RUN_DIR/bad_steps.jsonl.
+
+    Gradients that are not finite are a bad step, too, though no reason to skip one: they are known after the update.
     """
 
     action: Literal["stop", "skip", "rollback"] = "stop"
-    #: a loss above this multiple of the median of the last `window` steps is a spike; None: only what is not finite
+    #: a loss above this multiple of the median of the last `window` good steps is a spike, once there are so many;
+    #: None: only what is not finite is bad
     spike_factor: float | None = Field(default=None, gt=1)
     window: PositiveInt = 100
     max_num: PositiveInt = 10  # bad steps of a run before it ends all the same

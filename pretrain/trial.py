@@ -78,9 +78,10 @@ def _tiny_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def _engine_here(engine: EngineConfig) -> EngineConfig:
-    """fp32 on a GPU without bf16; a CPU has it."""
+    """fp32 on a GPU without bf16, and for fp16 on a CPU."""
     import torch  # not for those who only read a config
 
-    if engine.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    lacks_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
+    if (engine.precision == "bf16" and lacks_bf16) or (engine.precision == "fp16" and not torch.cuda.is_available()):
         return engine.model_copy(update={"precision": "fp32"})
     return engine

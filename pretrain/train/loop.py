@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from data_prep.config import dump_yaml
-from data_prep.files import write_atomically
+from data_prep.errors import InputError
+from data_prep.files import lock, write_atomically
 from pretrain.config import TrainConfig
 from pretrain.data.batch import Batch
-from pretrain.data.damage import Damage
-from pretrain.data.plan import order_digest
-from pretrain.data.reader import BatchDataset, read_batches
+from pretrain.data.reader import read_batches
+from pretrain.data.streaming import Reader, StreamReader
 from pretrain.distributed import comm
 from pretrain.distributed.engine import choose_device, initialise_process_group
-from pretrain.train.agreement import Agreement
+from pretrain.distributed.watch import PeerWatch
+from pretrain.train.agreement import Agreement, SharedInputError
 from pretrain.train.checkpoint import resume, save_checkpoint, with_edges_of_checkpoint
 from pretrain.train.curves import loss_curves, plot_losses
+from pretrain.train.damage import Damage
 from pretrain.train.guard import GoBack, Guard
 from pretrain.train.metrics import MetricsLog, reduce_terms
 from pretrain.train.record import RunRecord
@@ -28,7 +33,10 @@ from pretrain.train.schedule import learning_rate
 from pretrain.train.signals import StopSignals
 from pretrain.train.state import build_trainer, with_num_steps
 from pretrain.train.step import training_step
+from pretrain.train.trackers import check_trackers
 from pretrain.train.trainer import Trainer, Validator
+
+_WAIT_FOR_LOCK_S = 30.0  # for what is left of a killed attempt to be gone
 
 MakeValidator = Callable[[Trainer, TrainConfig], Validator | None]
 
@@ -44,12 +52,15 @@ def train(config: TrainConfig, make_validator: MakeValidator | None = None) -> O
 
     Raises InputError for a config, data or checkpoint that cannot work, before the first step; and for a bad step.
     """
-    with StopSignals() as signals:
+    with StopSignals() as signals, ExitStack() as until_the_end:
         device = choose_device()
         if device.type == "cpu" and config.launch.threads_per_rank is not None:
             torch.set_num_threads(config.launch.threads_per_rank)
         initialise_process_group(device, config.engine)
+        until_the_end.enter_context(PeerWatch())
+        until_the_end.enter_context(_sole_writer(config.run_dir))
         config = with_num_steps(config)
+        check_trackers(config.trackers)
         trainer, reader = build_trainer(with_edges_of_checkpoint(config), device)
         validate = make_validator(trainer, trainer.config) if make_validator is not None else None
         record = resume(trainer, reader.data.digest)
@@ -62,9 +73,28 @@ def train(config: TrainConfig, make_validator: MakeValidator | None = None) -> O
                 record = resume(trainer, reader.data.digest, pass_over=bad.step)
             finally:
                 log.close()
-    if comm.rank() == 0:
-        plot_losses(loss_curves(config.run_dir), config.run_dir / "loss_curves.png")
+    _plot(config.run_dir)
     return outcome
+
+
+@contextmanager
+def _sole_writer(run_dir: Path) -> Iterator[None]:
+    """Rank 0 holds a lock on the run, for all ranks. Raises SharedInputError where another job writes to it."""
+    problem = ""
+    with ExitStack() as until_the_end:
+        if comm.rank() == 0:
+            try:
+                until_the_end.enter_context(lock(run_dir / ".lock", "a run of this run_dir", wait_s=_WAIT_FOR_LOCK_S))
+            except InputError as error:
+                problem = str(error)
+        if problem := comm.from_rank_0(problem):
+            raise SharedInputError(problem)
+        yield
+
+
+def _plot(run_dir: Path) -> None:
+    if comm.rank() == 0:
+        plot_losses(loss_curves(run_dir), run_dir / "loss_curves.png")
 
 
 class _Run:
@@ -73,7 +103,7 @@ class _Run:
     def __init__(
         self,
         trainer: Trainer,
-        reader: BatchDataset,
+        reader: Reader,
         validate: Validator | None,
         record: RunRecord,
         log: MetricsLog,
@@ -81,24 +111,28 @@ class _Run:
     ) -> None:
         self.trainer, self.config, self.reader, self.validate = trainer, trainer.config, reader, validate
         self.record, self.log, self.signals = record, log, signals
-        self.guard = Guard(self.config.bad_steps, record)
+        self.guard = Guard(self.config, record, reader.data, log.say)
+        trainer.is_bad = self.guard.is_bad if self.config.bad_steps.action == "skip" else None
+        self.damage = Damage(reader, self.config.run_dir, self.config.data.max_damaged_fraction, record.step)
         self.window = _Window(record.step)
         self.saved_at, self.saved_step = time.monotonic(), record.step
 
     def steps(self) -> Outcome:
         config, device = self.config, next(self.trainer.model.parameters()).device
-        first_step, data = self.record.step, config.data
-        batches = read_batches(
-            self.reader, first_step, config.steps, data.num_workers, data.prefetch_batches, pin=device.type == "cuda"
-        )
-        damage = Damage(self.reader, config.run_dir, data.max_damaged_fraction)
+        first_step = self.record.step
+        if not comm.all_agree(not self.signals.received):  # while the towers were built
+            self.log.say("stopped by a signal before the first step: the same command begins there")
+            return Outcome(first_step, finished=False)
+        if config.bad_steps.action == "rollback" and first_step == 0:
+            self._save()  # something to go back to
+        batches = self._batches(first_step, pin=device.type == "cuda")
         agreement = Agreement()
         upcoming = next(batches, None)
         agreement.start(False, False, 0 if upcoming is None else len(upcoming.damaged))
         for step in range(first_step, config.steps):
             agreed = agreement.read()
             assert upcoming is not None
-            batch = damage.replaced(upcoming, step) if agreed.num_damaged else upcoming
+            batch = self.damage.replaced(upcoming, step) if agreed.num_damaged else upcoming
             self._say_order(step)
             self._step(batch.to(device), step)
             done = self.record.step
@@ -107,8 +141,8 @@ class _Run:
             is_due = comm.rank() == 0 and self._minutes_are_over()
             agreement.start(self.signals.received, is_due, 0 if upcoming is None else len(upcoming.damaged))
             is_last = done == config.steps or agreed.num_stop > 0
-            self._validate(done, is_last)
-            if is_last or done % config.checkpoint.every == 0 or agreed.num_save > 0:
+            is_best = self._validate(done, is_last) and config.checkpoint.keep_best
+            if is_last or is_best or done % config.checkpoint.every == 0 or agreed.num_save > 0:
                 self._save()
             if agreed.num_stop > 0 and done < config.steps:
                 agreement.read()  # leaves no collective open
@@ -117,6 +151,15 @@ class _Run:
         agreement.read()
         return Outcome(config.steps, finished=True)
 
+    def _batches(self, first_step: int, pin: bool) -> Iterator[Batch]:
+        reader, config, data = self.reader, self.config, self.config.data
+        if not isinstance(reader, StreamReader):
+            return read_batches(reader, first_step, config.steps, data.num_workers, data.prefetch_batches, pin)
+        for line in reader.summary(first_step, self.record.order_of):
+            self.log.say(line)
+        self.record.order_of = reader.order_of
+        return reader.read_batches(first_step, config.steps, pin, comm.start_cpu_gather)
+
     def _step(self, batch: Batch, step: int) -> None:
         """One step and what is said of it."""
         done = step + 1
@@ -124,30 +167,36 @@ class _Run:
             self.log.say(f"step {done}: its batch is passed over")
         else:
             loss, terms = training_step(self.trainer, batch, step)
-            self.guard.note(step, loss, batch)
+            self.guard.note(step, loss, terms, self.trainer.engine.grad_norm(), batch)
             if done % self.config.log_every == 0 or done == self.config.steps:
                 values = reduce_terms(loss, terms) | _state_values(self.trainer, batch, step)
-                values |= self.window.values(done, self.config)
+                values |= self.window.values(done, self.config) | {"damaged_samples": float(self.damage.num_seen)}
                 self.log.write(done, values)
-                self.guard.check(done, values)
+                self.guard.check()
                 _warn(values, self.log)
                 self.window = _Window(done)
         self.record.step = done
         self.log.advance(done)
 
-    def _validate(self, done: int, is_last: bool) -> None:
+    def _validate(self, done: int, is_last: bool) -> bool:
+        """Whether the loss is the lowest yet."""
         validation = self.config.validation
         if self.validate is None or validation is None:
-            return
+            return False
         if done % validation.every == 0 or (is_last and done == self.config.steps):
+            self.guard.check()  # features that are not finite would be refused without a step's name
             values = self.validate()
             self.log.write_validation(done, values)
-            if self.record.best_loss is None or values["val/loss"] < self.record.best_loss:
-                self.record.best_step, self.record.best_loss = done, values["val/loss"]
             self.window = _Window(done)
+            _plot(self.config.run_dir)
+            best = self.record.best_loss
+            if math.isfinite(values["val/loss"]) and (best is None or values["val/loss"] < best):
+                self.record.best_step, self.record.best_loss = done, values["val/loss"]
+                return True
+        return False
 
     def _save(self) -> None:
-        self.guard.check_before_saving()
+        self.guard.check()
         save_checkpoint(self.trainer, self.record, self.reader.data.digest)
         self.saved_at, self.saved_step = time.monotonic(), self.record.step
         self.window = _Window(self.record.step)
@@ -159,10 +208,10 @@ class _Run:
     def _say_order(self, step: int) -> None:
         if step % self.reader.steps_per_epoch == 0 or step == self.saved_step:
             epoch = step // self.reader.steps_per_epoch
-            self.log.say(f"epoch {epoch}: sample order {order_digest(self.reader.order(epoch))}")
+            self.log.say(f"epoch {epoch}: sample order {self.reader.order_digest(epoch)}")
 
 
-def _open_log(trainer: Trainer, reader: BatchDataset, first_step: int) -> MetricsLog:
+def _open_log(trainer: Trainer, reader: Reader, first_step: int) -> MetricsLog:
     """Writes the resolved config and says what the run starts from."""
     config = trainer.config
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -170,12 +219,17 @@ def _open_log(trainer: Trainer, reader: BatchDataset, first_step: int) -> Metric
         write_atomically(config.run_dir / "config.yaml", dump_yaml(config).encode())
     # under ZeRO-3 a parameter holds this rank's part; DeepSpeed notes the whole
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
-    log = MetricsLog(config.run_dir, first_step, config.steps)
+    log = MetricsLog(config, first_step)
     log.say(
         f"{num_parameters / 1e6:.1f} M parameters, {len(reader.data)} samples, "
         f"{reader.steps_per_epoch} steps an epoch, {comm.world_size()} rank(s), from step {first_step}, "
         f"text buckets {reader.spec.bucket_edges}"
     )
+    if trainer.engine.settings:
+        settings = json.dumps(trainer.engine.settings)
+        log.say(f"DeepSpeed {settings}")
+        if comm.rank() == 0:
+            write_atomically(config.run_dir / "deepspeed.json", settings.encode())
     for report in trainer.model.weight_reports:
         for line in report.lines():
             log.say(line)

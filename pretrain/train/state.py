@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from data_prep.errors import InputError
-from data_prep.schema import ASPECTS, Aspect
-from pretrain.config import EmaTeacher, FrozenTeacher, LocalAlignmentObjective, SiglipObjective, TrainConfig
+from data_prep.schema import ASPECTS, Aspect, Sample
+from pretrain.config import DataConfig, EmaTeacher, FrozenTeacher, LocalAlignmentObjective, SiglipObjective, TrainConfig
 from pretrain.data.diagnoses import build_diagnosis_table
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.masks import check_mask
 from pretrain.data.reader import BatchDataset, ReaderSpec
+from pretrain.data.staging import stage
+from pretrain.data.streaming import Reader, StreamReader, check_stream, first_samples, stream_steps_per_epoch
 from pretrain.data.texts import choose_bucket_edges
 from pretrain.data.tokenize import TextTokenizer
 from pretrain.data.transforms import TrainTransform
@@ -30,11 +32,20 @@ from pretrain.train.trainer import Trainer
 _NUM_SAMPLES_FOR_EDGES = 512
 
 
-def with_num_steps(config: TrainConfig) -> TrainConfig:
-    """`num_epochs` turned into `num_steps`, from the number of samples."""
+def open_train_data(config: DataConfig) -> ShardedDataset:
+    return ShardedDataset(config.train_dir, with_tars=config.stream is None)
+
+
+def with_num_steps(config: TrainConfig, num_ranks: int | None = None) -> TrainConfig:
+    """`num_epochs` turned into `num_steps`, from the number of samples, and of ranks where shards are dealt to them."""
     if config.num_epochs is None:
         return config
-    steps_per_epoch = len(ShardedDataset(config.data.train_dir)) // config.global_batch_size
+    data = open_train_data(config.data)
+    steps_per_epoch = len(data) // config.global_batch_size
+    if config.data.stream is not None:
+        num_ranks = num_ranks or comm.world_size()
+        check_stream(data, config.data, config.global_batch_size, num_ranks)
+        steps_per_epoch = stream_steps_per_epoch(data.shard_sizes, config.global_batch_size, num_ranks)
     num_steps = config.num_epochs * steps_per_epoch
     if num_steps <= config.optimizer.warmup_steps:
         raise InputError(
@@ -84,26 +95,48 @@ def resolve_bucket_edges(config: TrainConfig, data: ShardedDataset, tokenizer: T
     if not tokenizer.can_trim or not aspects:
         return (tokenizer.context_length,)
     if config.data.text_bucket_edges is not None:
-        edges = sorted(set(config.data.text_bucket_edges) | {tokenizer.context_length})
-        if edges[-1] > tokenizer.context_length:
-            raise InputError(
-                f"data.text_bucket_edges: {edges[-1]} is over the tokenizer's context of {tokenizer.context_length}"
-            )
-        return tuple(edges)
-    positions = np.linspace(0, len(data) - 1, num=min(len(data), _NUM_SAMPLES_FOR_EDGES)).astype(int)
-    num_batches = max(1, len(positions) // config.global_batch_size)
+        check_bucket_edges(config.data.text_bucket_edges, tokenizer.context_length)
+        return tuple(sorted(set(config.data.text_bucket_edges) | {tokenizer.context_length}))
+    samples = _samples_for_edges(config.data, data)
+    num_batches = max(1, len(samples) // config.global_batch_size)
     texts = [
         text
         for first in range(num_batches)  # as a batch has them: distinct within it, repeated over batches
         for text in {
             caption.text
-            for position in positions[first::num_batches]
-            for caption in data.read_sample(position).captions
+            for sample in samples[first::num_batches]
+            for caption in sample.captions
             if caption.aspect in aspects
         }
     ]
     lengths = np.array([len(ids) for ids in tokenizer.encode(texts)])
     return choose_bucket_edges(lengths, config.data.num_text_buckets, tokenizer.context_length)
+
+
+def _samples_for_edges(config: DataConfig, data: ShardedDataset) -> list[Sample]:
+    """Evenly spaced over the data; of a stream its first ones, which rank 0 reads for all."""
+    if config.stream is None:
+        positions = np.linspace(0, len(data) - 1, num=min(len(data), _NUM_SAMPLES_FOR_EDGES)).astype(int)
+        return [data.read_sample(position) for position in positions]
+    samples: list[Sample] = []
+    problem: InputError | None = None
+    if comm.rank() == 0:
+        try:
+            samples = first_samples(data, config.stream, _NUM_SAMPLES_FOR_EDGES)
+        except InputError as error:
+            problem = error
+    samples, problem = comm.from_rank_0((samples, problem))
+    if problem is not None:
+        raise problem
+    return samples
+
+
+def check_bucket_edges(edges: tuple[int, ...], context_length: int) -> None:
+    """Raises InputError for an edge that no text can reach."""
+    if max(edges, default=0) > context_length:
+        raise InputError(
+            f"data.text_bucket_edges: {max(edges)} is over the tokenizer's context of {context_length}; leave it out"
+        )
 
 
 def aspects_read(config: TrainConfig) -> tuple[Aspect, ...]:
@@ -112,24 +145,30 @@ def aspects_read(config: TrainConfig) -> tuple[Aspect, ...]:
     return tuple(aspect for aspect in ASPECTS if aspect in read)
 
 
-def num_parts(config: TrainConfig) -> int:
-    """Micro-batches of a step on this rank. Raises InputError for a size that does not divide its images."""
-    images_per_rank = config.global_batch_size // comm.world_size()
+def num_parts(config: TrainConfig, num_ranks: int) -> int:
+    """Micro-batches of a step on a rank. Raises InputError for a size that does not divide its images."""
+    images_per_rank = config.global_batch_size // num_ranks
     size = config.micro_batch_size or images_per_rank
     if images_per_rank % size:
         raise InputError(
             f"micro_batch_size: {size} does not divide the {images_per_rank} images of a rank (global_batch_size "
-            f"{config.global_batch_size} over {comm.world_size()} rank(s))"
+            f"{config.global_batch_size} over {num_ranks} rank(s)); choose a divisor"
         )
     return images_per_rank // size
 
 
 def build_reader(config: TrainConfig, model: DualEncoder, tokenizer: TextTokenizer) -> BatchDataset:
-    data = ShardedDataset(config.data.train_dir)
+    """Of any step's batch; `build_trainer` makes a stream of it where the config says so."""
+    data = open_train_data(config.data)
+    check_stream(data, config.data, config.global_batch_size, comm.world_size())
+    if config.data.stage_dir is not None:
+        data = ShardedDataset(stage(config.data.train_dir, config.data.stage_dir))
     masked = find_masked_latent(config.objectives)
     if masked is not None:
         check_mask(masked.mask, tuple(model.visual.grid_size))
     soft_targets = any(getattr(objective, "ontology", None) is not None for objective in config.objectives)
+    if soft_targets and config.data.stream is not None:
+        raise InputError("objectives: `ontology` reads samples all over the data, which data.stream cannot; remove one")
     spec = ReaderSpec(
         seed=config.seed,
         global_batch_size=config.global_batch_size,
@@ -138,7 +177,7 @@ def build_reader(config: TrainConfig, model: DualEncoder, tokenizer: TextTokeniz
         aspects_by_term={objective.label: objective.aspects for objective in build_objectives(config.objectives)},
         aspects_read=aspects_read(config),
         diagnoses=build_diagnosis_table(data) if soft_targets else None,
-        num_parts=num_parts(config),
+        num_parts=num_parts(config, comm.world_size()),
         mask=None if masked is None else masked.mask,
         patch_grid=None if masked is None else tuple(model.visual.grid_size),
     )
@@ -146,19 +185,21 @@ def build_reader(config: TrainConfig, model: DualEncoder, tokenizer: TextTokeniz
     return BatchDataset(data, spec, transform, tokenizer, comm.rank(), comm.world_size())
 
 
-def build_trainer(config: TrainConfig, device: torch.device) -> tuple[Trainer, BatchDataset]:
+def build_trainer(config: TrainConfig, device: torch.device) -> tuple[Trainer, Reader]:
     model = build_dual_encoder(config)
-    model.check_batch_norm(comm.world_size(), num_parts(config), config)
+    model.check_batch_norm(comm.world_size(), num_parts(config, comm.world_size()), config)
     teacher = add_masked_latent(model, config)
-    reader = build_reader(config, model, build_tokenizer(config.model, model.text))
+    batches = build_reader(config, model, build_tokenizer(config.model, model.text))
+    reader = batches if config.data.stream is None else StreamReader(batches, config.data)
     model.train()
     images_per_forward = config.global_batch_size // comm.world_size() // reader.spec.num_parts
     engine = build_engine(
         model, config.optimizer, learning_rate_scales(model, config.model), config.engine, images_per_forward, device
     )
     masked, local = find_masked_latent(config.objectives), _local_alignment(config)
-    if teacher is not None and config.engine.precision == "bf16":
-        teacher.compute_dtype = torch.bfloat16  # its weights stay fp32, so that an average can move them
+    if teacher is not None and config.engine.precision != "fp32":
+        # its weights stay fp32, so that an average can move them
+        teacher.compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
     edges, limit = reader.spec.bucket_edges, config.model.max_logit_scale
     trainer = Trainer(
         # with the edges that were chosen, so that the checkpoint and the run's config.yaml hold them

@@ -184,6 +184,7 @@ def test_mean_recall_is_that_of_the_evaluation() -> None:
 # ---------------------------------------------------------------------------------------------- a tiny run
 
 
+@pytest.mark.long
 @pytest.mark.skipif("DERMVLP_DATA" not in os.environ, reason="needs the real images: export DERMVLP_DATA")
 def test_a_tiny_run_goes_on_after_a_kill(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.learning", "--out", str(tmp_path / "out")]

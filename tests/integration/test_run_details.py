@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from pretrain.train.checkpoint import list_checkpoints
 from pretrain.train.metrics import read_metrics
 from tests.conftest import TINY_MODEL
 from tests.integration.conftest import val_dir, write_config
-from tests.integration.test_train import run
+from tests.integration.test_train import losses, run, weights
+from tests.unit.pretrain.test_damage import damage_images
 
 
 def metrics(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -44,22 +45,55 @@ def test_logit_scale_never_passes_its_maximum(
     assert all(record["grad_norm"] > 0 for record in metrics(run_config))
 
 
-def test_an_error_on_one_rank_alone_is_said(run_config: dict[str, Any], tmp_path: Path, prepared_dir: Path) -> None:
-    """Damaged images that only rank 1 reads in the first step (a pixel error, so that the JSON stays whole)."""
-    source, copy = ShardedDataset(prepared_dir / "train"), tmp_path / "train"
-    copy.mkdir()
-    for path in (prepared_dir / "train").iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    order = epoch_order(source.shard_sizes, seed=0, epoch=0, shards_per_block=16)
-    for sample in order[4:8]:
-        row = source.index[sample]
-        with (copy / source.manifest.shards[int(row["shard"])].name).open("r+b") as shard:
-            shard.seek(int(row["image_offset"]))
-            shard.write(b"\0" * int(row["image_num_bytes"]))
+@pytest.fixture
+def damaged_config(run_config: dict[str, Any], tmp_path: Path, prepared_dir: Path) -> dict[str, Any]:
+    """Pictures that are zeros: four that rank 1 of two reads in the first step, two in the seventh, one in the last."""
+    copy = Path(shutil.copytree(prepared_dir / "train", tmp_path / "train"))
+    order = epoch_order(ShardedDataset(copy).shard_sizes, seed=0, epoch=0, shards_per_block=16)
+    damage_images(copy, order[[4, 5, 6, 7, 49, 52, 60]])
     run_config["data"]["train_dir"] = str(copy)
-    result = run(write_config(tmp_path / "run.yaml", run_config), 2)
+    return run_config
+
+
+def test_damaged_images_on_one_rank_alone_are_replaced(damaged_config: dict[str, Any], tmp_path: Path) -> None:
+    """On two ranks as on one; and past the limit the run ends with one message."""
+    config = write_config(tmp_path / "run.yaml", damaged_config)
+    assert main(["train", str(config), f"run_dir={tmp_path / 'one'}"]) == 0
+    result = run(config, 2, f"run_dir={tmp_path / 'two'}", "data.num_workers=1")
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [record["damaged_samples"] for record in two] == [4, 4, 4, 4, 4, 4, 6, 7]
+    assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-4)
+    ledgers = [(tmp_path / name / "damaged.jsonl").read_text() for name in ("one", "two")]
+    assert ledgers[0] == ledgers[1] and len(ledgers[0].splitlines()) == 7
+
+    result = run(config, 2, f"run_dir={tmp_path / 'ended'}", "data.max_damaged_fraction=0.0005")
     assert result.returncode != 0
-    assert re.search(rf"error: rank 1: {copy}\S*: .*image", result.stderr), result.stderr[-2000:]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "step 7: 6 of 56 samples seen are damaged" in errors[0], result.stderr[-2000:]
+
+
+def test_a_resumed_run_replaces_alike(damaged_config: dict[str, Any], tmp_path: Path) -> None:
+    """As a run killed after its last step and before the checkpoint of it: steps 7 and 8 are done again."""
+    config, run_dir = str(write_config(tmp_path / "run.yaml", damaged_config)), Path(damaged_config["run_dir"])
+    assert main(["train", config]) == 0
+    before = (losses(run_dir), weights(run_dir, 8), (run_dir / "damaged.jsonl").read_bytes())
+    shutil.rmtree(list_checkpoints(run_dir)[-1])
+    assert list_checkpoints(run_dir)[-1].name == "step-00000006"
+    assert main(["train", config, "data.num_workers=1"]) == 0
+    assert (losses(run_dir), (run_dir / "damaged.jsonl").read_bytes()) == (before[0], before[2])
+    assert all(torch.equal(tensor, before[1][name]) for name, tensor in weights(run_dir, 8).items())
+
+
+def test_shards_are_read_from_the_nodes_disk(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """The second run reads the copy alone: in the original the pictures are gone by then."""
+    copy = Path(shutil.copytree(run_config["data"]["train_dir"], tmp_path / "train"))
+    run_config["data"] |= {"train_dir": str(copy), "stage_dir": str(tmp_path / "disk")}
+    config = str(write_config(tmp_path / "run.yaml", run_config | {"num_steps": 3}))
+    assert main(["train", config]) == 0
+    damage_images(copy, range(96))
+    assert main(["train", config, f"run_dir={tmp_path / 'again'}", "data.max_damaged_fraction=0"]) == 0
+    assert losses(tmp_path / "again") == losses(run_config["run_dir"])
 
 
 def test_a_run_goes_on_from_its_own_resolved_config(run_config: dict[str, Any], tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from benchmarks.step_workload import Workload, make_workload
 from data_prep.schema import Sample
 from pretrain.data.manifest import ShardedDataset
 
+pytestmark = pytest.mark.long
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_IMAGES = 24
 
