@@ -18,7 +18,9 @@ from pretrain.train.signals import hold
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    if argv is None and arguments.run is _train:  # a process of its own; its imports take seconds
+    if (
+        argv is None and arguments.run is _train and not arguments.plan
+    ):  # a process of its own; its imports take seconds
         hold()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:

@@ -16,6 +16,7 @@ _DECIDED: dict[str, str] = {
     "gradient_clipping": "optimizer.grad_clip_norm",
     "gradient_allreduce_op": "the loss, which is made for gradients averaged over ranks,",
     "bf16.enabled": "engine.precision",
+    "bf16.bf16_master_weights_and_grads": "engine.precision",
     "bfloat16": "engine.precision",
     "fp16.enabled": "engine.precision",
     "torch_autocast": "engine.precision",
@@ -31,6 +32,8 @@ _DECIDED: dict[str, str] = {
     "zero_optimization.offload_optimizer.ratio": "the trainer's step",
     "zero_optimization.offload_optimizer.super_offload": "the trainer's step",
     "zero_optimization.elastic_checkpoint": "the trainer's checkpoint",
+    "zero_optimization.load_from_fp32_weights": "the trainer's checkpoint",
+    "datastates_ckpt": "the trainer's checkpoint",  # as checkpoint.writer
     "checkpoint.load_universal": "the trainer's checkpoint",
     "checkpoint.use_node_local_storage": "the trainer's checkpoint",
     "checkpoint.writer": "the trainer's checkpoint",  # can write after the step has gone on

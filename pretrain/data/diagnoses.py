@@ -44,12 +44,10 @@ class DiagnosisTable:
 
 
 def build_diagnosis_table(data: ShardedDataset) -> DiagnosisTable:
-    """Reads one sample of each distinct diagnosis text, the first that holds it.
-
-    Raises InputError for a damaged shard.
-    """
+    """Reads one sample of each distinct diagnosis text, the first that holds it; damaged, its diagnosis has no path."""
     hash_T, sample_T = distinct_diagnoses(data.index)
-    paths = [data.read_sample(int(sample)).diagnosis_path for sample in sample_T]
+    samples = [data.sound_sample(int(sample)) for sample in sample_T]
+    paths = [() if sample is None else sample.diagnosis_path for sample in samples]
     names = {name: node for node, name in enumerate(dict.fromkeys(path[-1] for path in paths if path))}
     node_T = np.array([names[path[-1]] if path else -1 for path in paths], dtype=np.int64)
     return DiagnosisTable(hash_T, node_T, hierarchy_distances(list(names), paths))

@@ -88,6 +88,13 @@ class ShardedDataset:
                 f"{self.shard_of(position)}: sample {position} is damaged; run `dermvlp verify`: {what}"
             ) from None
 
+    def sound_sample(self, position: int) -> Sample | None:
+        """As `read_sample`; None for a damaged one, where others do as well."""
+        try:
+            return self.read_sample(position)
+        except DamagedSample:
+            return None
+
     def shard_of(self, position: int) -> Path:
         """The tar that holds the sample."""
         return self.directory / self.manifest.shards[int(self.index[position]["shard"])].name

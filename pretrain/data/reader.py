@@ -273,7 +273,7 @@ def from_workers(
     except InputError as error:  # from a worker process: its message comes inside a traceback
         raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise
         raise OSError(f"a reader process died ({error}); out of memory? Lower data.num_workers") from None
 

@@ -56,6 +56,13 @@ def _merged(derived: Mapping[str, Any], options: Mapping[str, Any], path: str) -
     return merged
 
 
+def check_further_options(optimizer: OptimizerConfig, config: EngineConfig) -> None:
+    """As `check_options`, before there is an engine; nothing, and no import, where no further option is given."""
+    if config.deepspeed:
+        _import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        check_options(deepspeed_config(optimizer, config, micro_batch_size=1))
+
+
 def check_options(settings: Mapping[str, Any]) -> None:
     """Raises InputError for an option that this version of DeepSpeed does not know, or does not take.
 

@@ -39,17 +39,16 @@ def convert(folder: Path, into: Path) -> Iterator[Path]:
         shutil.rmtree(into, ignore_errors=True)  # of an attempt that was killed
         problem = _convert_here(folder, universal)
     problem = comm.from_rank_0(problem)
-    try:
-        if problem is not None:
-            raise InputError(
-                f"{folder}: was written by another number of ranks and could not be converted ({problem}); "
-                "start as many ranks as wrote it"
-            )
-        yield universal
-    finally:
+    if problem is None:
+        yield universal  # a rank that fails here alone goes straight out, and the others miss it
         comm.barrier()
-        if comm.rank() == 0:
-            shutil.rmtree(into, ignore_errors=True)
+    if comm.rank() == 0:
+        shutil.rmtree(into, ignore_errors=True)
+    if problem is not None:
+        raise InputError(
+            f"{folder}: was written by another number of ranks and could not be converted ({problem}); "
+            "start as many ranks as wrote it"
+        )
 
 
 def _convert_here(folder: Path, into: Path) -> str | None:

@@ -7,6 +7,7 @@ connection to rank 0 on which nothing is sent: a dead process's kernel closes it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import selectors
@@ -41,8 +42,12 @@ class PeerWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._left.set()
+        self._left.set()  # this rank says itself how it ends
+        if error is not None:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)  # at once: what comes before the process's end can take long
+        else:
             if comm.world_size() > 1 and "MASTER_ADDR" in os.environ:
                 self._connected.wait(_CONNECT_S)  # of a run of no length: who has no connection cannot be told
             for connection in self._connections:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import InputError
+from data_prep.files import write_atomically
 from pretrain.config import TrainConfig
 from pretrain.distributed import comm
 from pretrain.distributed.engine import full_tensors
@@ -92,6 +93,17 @@ def save_checkpoint(trainer: Trainer, record: RunRecord, data_digest: str) -> Pa
     _on_all_ranks(partial, flush if comm.local_rank() == 0 else None)
     _on_rank_0(partial, publish)
     return final
+
+
+def update_record(run_dir: Path, record: RunRecord) -> None:
+    """In the checkpoint of this step, which was saved before it was validated. All ranks call it."""
+    folder = checkpoint_folder(run_dir, record.step)
+
+    def write() -> None:
+        meta = read_meta(folder) | {"record": record.to_json()}
+        write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
+
+    _on_rank_0(folder, write)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ is read before the weights move.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from pretrain.data.manifest import ShardedDataset
 from pretrain.distributed import comm
 from pretrain.objectives.base import Term
 from pretrain.train.agreement import SharedInputError
+from pretrain.train.metrics import to_json
 from pretrain.train.record import RunRecord
 
 _NUM_NAMED, _NUM_RANKS_NAMED = 10, 4  # samples of a rank, and ranks, in a message; the file has all
@@ -148,7 +148,7 @@ class Guard:
         ]
         values = {"step": done, "action": self.config.action, "reason": bad.reason, "loss": bad.loss}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values | {"losses": bad.loss_by_objective, "samples": samples}) + "\n")
+            file.write(to_json(values | {"losses": bad.loss_by_objective, "samples": samples}) + "\n")
 
 
 _REMEDY = (

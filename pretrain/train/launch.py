@@ -55,8 +55,9 @@ def launch(config_path: str, overrides: Sequence[str], nodes: Nodes | None = Non
     a rank. A launcher's ranks go straight on: `--plan` is for the login node.
     0: finished; 75: all ranks saved because a signal asked one of them to stop; 2: refused; 130: a second Ctrl-C; 1.
     """
-    adopt_environment()
     nodes = nodes or Nodes()
+    if nodes == Nodes(rdzv_id=nodes.rdzv_id):  # else this task of `srun` is a launcher, and no rank
+        adopt_environment()
     config = load_training_config(config_path, overrides)
     if "RANK" in os.environ:
         return train_here([config_path, *overrides])

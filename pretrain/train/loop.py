@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data_prep.config import dump_yaml
-from data_prep.errors import InputError
-from data_prep.files import lock, write_atomically
+from data_prep.files import write_atomically
 from pretrain.config import TrainConfig
 from pretrain.data.batch import Batch
+from pretrain.data.manifest import ShardedDataset
 from pretrain.data.reader import read_batches
 from pretrain.data.streaming import Reader, StreamReader
 from pretrain.distributed import comm
 from pretrain.distributed.engine import choose_device, initialise_process_group
 from pretrain.distributed.watch import PeerWatch
-from pretrain.train.agreement import Agreement, SharedInputError
-from pretrain.train.checkpoint import resume, save_checkpoint, with_edges_of_checkpoint
+from pretrain.train.agreement import Agreement
+from pretrain.train.checkpoint import resume, save_checkpoint, update_record, with_edges_of_checkpoint
 from pretrain.train.curves import loss_curves, plot_losses
 from pretrain.train.damage import Damage
 from pretrain.train.guard import GoBack, Guard
@@ -31,12 +32,11 @@ from pretrain.train.metrics import MetricsLog, reduce_terms
 from pretrain.train.record import RunRecord
 from pretrain.train.schedule import learning_rate
 from pretrain.train.signals import StopSignals
+from pretrain.train.sole_writer import sole_writer
 from pretrain.train.state import build_trainer, with_num_steps
 from pretrain.train.step import training_step
 from pretrain.train.trackers import check_trackers
 from pretrain.train.trainer import Trainer, Validator
-
-_WAIT_FOR_LOCK_S = 30.0  # for what is left of a killed attempt to be gone
 
 MakeValidator = Callable[[Trainer, TrainConfig], Validator | None]
 
@@ -58,7 +58,7 @@ def train(config: TrainConfig, make_validator: MakeValidator | None = None) -> O
             torch.set_num_threads(config.launch.threads_per_rank)
         initialise_process_group(device, config.engine)
         until_the_end.enter_context(PeerWatch())
-        until_the_end.enter_context(_sole_writer(config.run_dir))
+        until_the_end.enter_context(sole_writer(config.run_dir))
         config = with_num_steps(config)
         check_trackers(config.trackers)
         trainer, reader = build_trainer(with_edges_of_checkpoint(config), device)
@@ -77,24 +77,12 @@ def train(config: TrainConfig, make_validator: MakeValidator | None = None) -> O
     return outcome
 
 
-@contextmanager
-def _sole_writer(run_dir: Path) -> Iterator[None]:
-    """Rank 0 holds a lock on the run, for all ranks. Raises SharedInputError where another job writes to it."""
-    problem = ""
-    with ExitStack() as until_the_end:
-        if comm.rank() == 0:
-            try:
-                until_the_end.enter_context(lock(run_dir / ".lock", "a run of this run_dir", wait_s=_WAIT_FOR_LOCK_S))
-            except InputError as error:
-                problem = str(error)
-        if problem := comm.from_rank_0(problem):
-            raise SharedInputError(problem)
-        yield
-
-
 def _plot(run_dir: Path) -> None:
     if comm.rank() == 0:
-        plot_losses(loss_curves(run_dir), run_dir / "loss_curves.png")
+        try:
+            plot_losses(loss_curves(run_dir), run_dir / "loss_curves.png")
+        except (OSError, ValueError) as error:  # a picture is no reason to end, or to end with another status
+            print(f"warning: {run_dir / 'loss_curves.png'}: not drawn ({error})", file=sys.stderr)
 
 
 class _Run:
@@ -115,11 +103,13 @@ class _Run:
         trainer.is_bad = self.guard.is_bad if self.config.bad_steps.action == "skip" else None
         self.damage = Damage(reader, self.config.run_dir, self.config.data.max_damaged_fraction, record.step)
         self.window = _Window(record.step)
-        self.saved_at, self.saved_step = time.monotonic(), record.step
+        self.first_step = self.saved_step = record.step
+        self.saved_at = time.monotonic()
+        self._forget_best_of_another_validation()
 
     def steps(self) -> Outcome:
         config, device = self.config, next(self.trainer.model.parameters()).device
-        first_step = self.record.step
+        first_step = self.first_step
         if not comm.all_agree(not self.signals.received):  # while the towers were built
             self.log.say("stopped by a signal before the first step: the same command begins there")
             return Outcome(first_step, finished=False)
@@ -136,18 +126,18 @@ class _Run:
             self._say_order(step)
             self._step(batch.to(device), step)
             done = self.record.step
-            # while the device works: the next batch, and what the ranks have to tell each other
-            upcoming = self.window.wait_for(batches)
-            is_due = comm.rank() == 0 and self._minutes_are_over()
-            agreement.start(self.signals.received, is_due, 0 if upcoming is None else len(upcoming.damaged))
-            is_last = done == config.steps or agreed.num_stop > 0
-            is_best = self._validate(done, is_last) and config.checkpoint.keep_best
-            if is_last or is_best or done % config.checkpoint.every == 0 or agreed.num_save > 0:
+            if agreed.num_stop > 0 and done < config.steps:  # whoever sent the signal may not wait long
                 self._save()
-            if agreed.num_stop > 0 and done < config.steps:
-                agreement.read()  # leaves no collective open
                 self.log.say(f"stopped by a signal after step {done}; saved: the same command goes on from here")
                 return Outcome(done, finished=False)
+            # while the device works: the next batch, and what the ranks have to tell each other
+            upcoming = self.window.wait_for(batches)
+            is_due = comm.rank() == 0 and agreed.num_save == 0 and self._minutes_are_over()
+            agreement.start(self.signals.received, is_due, 0 if upcoming is None else len(upcoming.damaged))
+            by_clock = agreed.num_save > 0 and done - self.saved_step > 1  # not where it was saved meanwhile
+            if by_clock or done % config.checkpoint.every == 0 or done == config.steps:
+                self._save()  # before validation, which can fail
+            self._validate(done)
         agreement.read()
         return Outcome(config.steps, finished=True)
 
@@ -178,12 +168,22 @@ class _Run:
         self.record.step = done
         self.log.advance(done)
 
-    def _validate(self, done: int, is_last: bool) -> bool:
-        """Whether the loss is the lowest yet."""
+    def _forget_best_of_another_validation(self) -> None:
+        """Losses over other samples, or in other batches, cannot be compared."""
+        validation = self.config.validation
+        if validation is None:
+            return
+        digest = ShardedDataset(validation.val_dir).digest
+        own = f"{digest}, {validation.max_num_samples} samples, {comm.world_size()} ranks"
+        if self.record.best_of != own:
+            self.record.best_of, self.record.best_step, self.record.best_loss = own, None, None
+
+    def _validate(self, done: int) -> None:
+        """Where it is due; a new best is saved, or noted in the checkpoint of this step."""
         validation = self.config.validation
         if self.validate is None or validation is None:
-            return False
-        if done % validation.every == 0 or (is_last and done == self.config.steps):
+            return
+        if done % validation.every == 0 or done == self.config.steps:
             self.guard.check()  # features that are not finite would be refused without a step's name
             values = self.validate()
             self.log.write_validation(done, values)
@@ -192,8 +192,10 @@ class _Run:
             best = self.record.best_loss
             if math.isfinite(values["val/loss"]) and (best is None or values["val/loss"] < best):
                 self.record.best_step, self.record.best_loss = done, values["val/loss"]
-                return True
-        return False
+                if self.saved_step == done:
+                    update_record(self.config.run_dir, self.record)
+                elif self.config.checkpoint.keep_best:
+                    self._save()
 
     def _save(self) -> None:
         self.guard.check()
@@ -206,7 +208,7 @@ class _Run:
         return minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
 
     def _say_order(self, step: int) -> None:
-        if step % self.reader.steps_per_epoch == 0 or step == self.saved_step:
+        if step % self.reader.steps_per_epoch == 0 or step == self.first_step:
             epoch = step // self.reader.steps_per_epoch
             self.log.say(f"epoch {epoch}: sample order {self.reader.order_digest(epoch)}")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,17 @@ def reduce_terms(loss: Tensor, terms: dict[str, Term]) -> dict[str, float]:
     counted = {name: pair for name, pair in zip(names[means:], pairs, strict=True) if pair[1] > 0}
     result |= {name: total / count for name, (total, count) in counted.items()}
     return result
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """One line; a number that is not finite becomes a word ("nan", "inf"), since JSON has none."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(record), allow_nan=False)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -103,7 +116,7 @@ class MetricsLog:
             self.say(f"validation at step {step}: {validation_text(values)}")
 
     def _record(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(to_json({"step": step, **values}) + "\n")
         self._file.flush()
         for tracker in list(self._trackers):
             try:

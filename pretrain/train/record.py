@@ -15,6 +15,7 @@ class RunRecord:
     passed_over: list[int] = field(default_factory=list)
     best_step: int | None = None  # of the lowest validation loss
     best_loss: float | None = None
+    best_of: str = ""  # the validation that it is the best of
     order_of: str = ""  # what the streaming mode's sample order depends on beside seed and data
 
     def to_json(self) -> dict[str, Any]:

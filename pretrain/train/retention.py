@@ -148,7 +148,7 @@ def set_aside(checkpoint: Path) -> Path:
 def remove_leftovers(run_dir: Path) -> list[str]:
     """Removes what killed attempts left; returns what there was."""
     folder = run_dir / "checkpoints"
-    left = sorted([*folder.glob("step-*.partial"), *folder.glob("step-*.removed")])
+    left = sorted(path for kind in ("partial", "removed", "universal") for path in folder.glob(f"step-*.{kind}"))
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     return [f"{path}: left by an attempt that was killed; removed" for path in left]

@@ -117,7 +117,7 @@ def _samples_for_edges(config: DataConfig, data: ShardedDataset) -> list[Sample]
     """Evenly spaced over the data; of a stream its first ones, which rank 0 reads for all."""
     if config.stream is None:
         positions = np.linspace(0, len(data) - 1, num=min(len(data), _NUM_SAMPLES_FOR_EDGES)).astype(int)
-        return [data.read_sample(position) for position in positions]
+        return [sample for position in positions if (sample := data.sound_sample(int(position))) is not None]
     samples: list[Sample] = []
     problem: InputError | None = None
     if comm.rank() == 0:
@@ -129,6 +129,15 @@ def _samples_for_edges(config: DataConfig, data: ShardedDataset) -> list[Sample]
     if problem is not None:
         raise problem
     return samples
+
+
+def has_soft_targets(config: TrainConfig) -> bool:
+    return any(getattr(objective, "ontology", None) is not None for objective in config.objectives)
+
+
+def check_soft_targets(config: TrainConfig) -> None:
+    if has_soft_targets(config) and config.data.stream is not None:
+        raise InputError("objectives: `ontology` reads samples all over the data, which data.stream cannot; remove one")
 
 
 def check_bucket_edges(edges: tuple[int, ...], context_length: int) -> None:
@@ -166,9 +175,8 @@ def build_reader(config: TrainConfig, model: DualEncoder, tokenizer: TextTokeniz
     masked = find_masked_latent(config.objectives)
     if masked is not None:
         check_mask(masked.mask, tuple(model.visual.grid_size))
-    soft_targets = any(getattr(objective, "ontology", None) is not None for objective in config.objectives)
-    if soft_targets and config.data.stream is not None:
-        raise InputError("objectives: `ontology` reads samples all over the data, which data.stream cannot; remove one")
+    soft_targets = has_soft_targets(config)
+    check_soft_targets(config)
     spec = ReaderSpec(
         seed=config.seed,
         global_batch_size=config.global_batch_size,

@@ -97,7 +97,7 @@ def test_going_back_and_skipping_give_the_same_model(run_config: dict[str, Any],
     assert_equal_runs(runs["skip"], runs["rollback"])
     for action, run_dir in runs.items():
         (line,) = [json.loads(line) for line in (run_dir / "bad_steps.jsonl").read_text().splitlines()]
-        assert (line["step"], line["action"]) == (5, action) and math.isnan(line["losses"]["clip"])
+        assert (line["step"], line["action"]) == (5, action) and line["losses"]["clip"] == "nan"
         meta = json.loads((list_checkpoints(run_dir)[-1] / "meta.json").read_text())
         assert meta["record"]["passed_over"] == [4]
 

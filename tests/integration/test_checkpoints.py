@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import resource
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import torch
 from data_prep.errors import InputError
 from pretrain.cli import main
 from pretrain.config import TrainConfig
+from pretrain.train import loop
 from pretrain.train.checkpoint import resume, save_checkpoint
 from pretrain.train.metrics import read_metrics
 from pretrain.train.record import RunRecord
 from pretrain.train.retention import list_checkpoints, read_meta, step_of, whole_checkpoints
+from pretrain.train.step import training_step
 from tests.distributed.steps import build
 from tests.integration.commands import finish, rank_pids, start_train, wait_for
 from tests.integration.conftest import write_config
@@ -81,11 +85,19 @@ def test_the_plain_engine_goes_on_with_another_number_of_ranks(
         assert ours == pytest.approx(reference, rel=1e-4)
 
 
-def test_saved_by_the_clock(run_config: dict[str, Any], tmp_path: Path) -> None:
-    run_config |= {"num_steps": 30, "checkpoint": {"every": 1000, "every_minutes": 0.002, "keep_last": 30}}
+def test_saved_by_the_clock(run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 0.1 s and a clock of 0.25 s: now and then, and never at two steps in a row."""
+
+    def slow_step(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return training_step(*arguments)
+
+    monkeypatch.setattr(loop, "training_step", slow_step)
+    run_config |= {"num_steps": 30, "checkpoint": {"every": 1000, "every_minutes": 0.25 / 60, "keep_last": 30}}
     assert main(["train", str(write_config(tmp_path / "run.yaml", run_config))]) == 0
     steps = steps_of(Path(run_config["run_dir"]))
-    assert steps[-1] == 30 and 3 <= len(steps) < 30
+    assert steps[-1] == 30 and 4 <= len(steps) <= 15
+    assert all(after - before > 1 for before, after in itertools.pairwise(steps[:-1]))
 
 
 @pytest.fixture

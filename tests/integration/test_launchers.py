@@ -8,13 +8,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_prep.errors import InputError
+from pretrain.config import TrainConfig
 from pretrain.distributed.launchers import adopt_environment, first_host
+from pretrain.train import launch
 from pretrain.train.metrics import read_metrics
 from tests.integration.conftest import write_config
 from tests.integration.test_train import ENVIRONMENT, command, kill_all, losses, run
@@ -229,3 +232,31 @@ def test_an_environment_that_is_set_in_part_is_refused(environment: dict[str, st
     with pytest.raises(InputError) as refusal:
         adopt_environment(dict(environment))
     assert message in str(refusal.value)
+
+
+def test_a_task_of_srun_that_is_told_its_nodes_is_a_launcher(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in slurm/train_multinode.sbatch: one task a node, which starts the ranks of its node."""
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    task = {
+        "PROCID": "1",
+        "NTASKS": "2",
+        "STEP_NUM_TASKS": "2",
+        "LOCALID": "0",
+        "JOB_ID": "7",
+        "STEP_NODELIST": "n[1-2]",
+    }
+    for name, value in task.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    started: list[tuple[int, int]] = []
+
+    def note(config: TrainConfig, nodes: launch.Nodes, num_local: int, arguments: Sequence[str]) -> int:
+        started.append((nodes.count, num_local))
+        return 0
+
+    monkeypatch.setattr(launch, "_run_ranks", note)
+    config = write_config(tmp_path / "run.yaml", run_config)
+    assert launch.launch(str(config), [], launch.Nodes(2, "n1:20000", "7-0", 2)) == 0
+    assert started == [(2, 2)] and "RANK" not in os.environ

@@ -104,7 +104,8 @@ def token_figures(
     texts = {
         caption.text
         for position in sample_N
-        for caption in data.read_sample(int(position)).captions
+        if (sample := data.sound_sample(int(position))) is not None
+        for caption in sample.captions
         if caption.aspect in aspects
     }
     ids = tokenizer.encode(sorted(texts))

@@ -23,12 +23,13 @@ from pretrain.data.reader import check_enough_samples, check_shared_evenly
 from pretrain.data.streaming import check_stream
 from pretrain.data.tokenize import TextTokenizer
 from pretrain.distributed import comm
+from pretrain.distributed.engine_deepspeed import check_further_options
 from pretrain.models.build import build_tokenizer, check_quick_gelu
 from pretrain.models.open_clip_config import resolved_spec
 from pretrain.models.weights import needs_download, weights_file
 from pretrain.train.checkpoint import find_resumable
 from pretrain.train.preflight.towers import Towers, build_towers, is_at_hand, tower_weights
-from pretrain.train.state import aspects_read, check_bucket_edges, num_parts, with_num_steps
+from pretrain.train.state import aspects_read, check_bucket_edges, check_soft_targets, num_parts, with_num_steps
 from pretrain.train.trackers import check_trackers
 
 _MAX_NAMES = 5  # of shards in a message
@@ -96,6 +97,8 @@ def check_run(config: TrainConfig, num_ranks: int, folder: Path) -> Findings:
     _check_texts(config, found)
     _check_trackers(config, found)
     _check_run_dir(config, found)
+    found.tried(lambda: check_soft_targets(config))
+    found.tried(lambda: check_further_options(config.optimizer, config.engine))
     _check_device(config, found)
     return found
 

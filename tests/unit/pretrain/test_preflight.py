@@ -284,8 +284,13 @@ def test_nothing_speaks_against_a_good_config(config: TrainConfig, tmp_path: Pat
         ({"validation": {"val_dir": "no/val"}}, ["validation.val_dir", "no/val/manifest.json", "dermvlp prepare"]),
         ({"num_steps": None, "num_epochs": 1, "optimizer__warmup_steps": 12}, ["num_epochs: 1", "warmup_steps (12)"]),
         (
-            {"data__stream": {"url": "http://localhost/"}, "data__num_workers": 7},
+            {"data__stream": {"url": "http://localhost/"}, "data__num_workers": 7, "objectives": [{"kind": "clip"}]},
             ["data.stream: 6 shard(s)", "7 reader(s)"],
+        ),
+        ({"data__stream": {"url": "http://localhost/"}}, ["objectives: `ontology`", "data.stream"]),
+        (
+            {"engine": {"kind": "deepspeed", "deepspeed": {"zero_optimisation": {}}}},
+            ["engine.deepspeed.zero_optimisation", "no such option"],
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -359,7 +364,8 @@ def test_missing_and_short_shards_are_all_named(config: TrainConfig, tmp_path: P
     assert len(found.problems) == 1 and "2 of 6 shards are missing or not of the size" in found.problems[0]
     assert first.name in found.problems[0] and second.name in found.problems[0]
     stream = {"url": "http://localhost/"}
-    assert not look(changed(config, data__train_dir=str(train_dir), data__stream=stream), tmp_path).problems
+    streamed = changed(config, data__train_dir=str(train_dir), data__stream=stream, objectives=[CLIP])
+    assert not look(streamed, tmp_path).problems
 
 
 def test_an_index_that_is_none(config: TrainConfig, tmp_path: Path) -> None:
