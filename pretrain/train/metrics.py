@@ -59,7 +59,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
+            records.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in record.items()})
         except json.JSONDecodeError:
             if number < len(lines):
                 raise InputError(f"{path}: line {number} is not JSON; remove it to go on") from None
