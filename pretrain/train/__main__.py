@@ -46,10 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     from pretrain.train.loop import train
     from pretrain.train.watch import LauncherWatch
 
+    failed = True
     try:
         adopt_environment()
         with LauncherWatch():
             outcome = train(load_training_config(arguments.config, arguments.overrides), make_validator)
+        failed = False
     except SharedInputError as error:
         if comm.rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -64,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _say(f"{comm.LOST_PEER} ({_first_line(error)})", 1)
     finally:
-        comm.shut_down()
+        if not failed or comm.world_size() == 1:  # what is under way between ranks would end the process by SIGABRT
+            comm.shut_down()
     return 0 if outcome.finished else REQUEUE_STATUS
 
 
