@@ -21,7 +21,7 @@ from typing import Self
 from pretrain.distributed import comm
 
 _LEAVES = b"."
-_CONNECT_S = 60.0
+_CONNECT_S = 30.0
 #: for the main thread to end by itself, with a better message: often it has the same trouble as the rank that is gone
 _GRACE_S = 5.0
 
@@ -57,13 +57,14 @@ class PeerWatch:
         server = socket.create_server(("", 0), backlog=comm.world_size()) if comm.rank() == 0 else None
         own = (server.getsockname()[1], secrets.token_bytes(16)) if server is not None else None
         port, token = comm.from_rank_0(own)
-        threading.Thread(target=self._run, args=(server, port, token), name="peer watch", daemon=True).start()
+        if server is None:
+            self._connect((os.environ["MASTER_ADDR"], port), token)
+        threading.Thread(target=self._run, args=(server, token), name="peer watch", daemon=True).start()
+        comm.barrier()  # a rank that dies from here on has a connection to miss it by
 
-    def _run(self, server: socket.socket | None, port: int, token: bytes) -> None:
+    def _run(self, server: socket.socket | None, token: bytes) -> None:
         if server is not None:
             self._accept(server, token)
-        else:
-            self._connect((os.environ["MASTER_ADDR"], port), token)
         self._connected.set()
         self._watch()
 

@@ -17,6 +17,8 @@ from tests.integration.test_train import ENVIRONMENT
 def start_train(config: Path, *overrides: str, **popen: Any) -> subprocess.Popen[str]:
     """With the ranks that `launch.num_ranks` says; stderr is a pipe."""
     command = [sys.executable, "-m", "pretrain.cli", "train", str(config), *overrides]
+    # tests that run in a shell's background inherit a Ctrl-C that is ignored, and a run heeds that
+    popen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)} | popen
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **popen)
 
 
