@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_prep.errors import InputError
+
 
 def is_initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -145,6 +147,20 @@ def from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def decided_by_rank_0(decide: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on every rank; its InputError too."""
+    value, problem = None, None
+    if rank() == 0:
+        try:
+            value = decide()
+        except InputError as error:
+            problem = error
+    value, problem = from_rank_0((value, problem))
+    if problem is not None:
+        raise problem
+    return value
 
 
 def gather_objects(value: Any) -> list[Any]:

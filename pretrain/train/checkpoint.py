@@ -247,7 +247,7 @@ def _with_edges(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
 
 
 def with_edges_of_checkpoint(config: TrainConfig) -> TrainConfig:
-    found = _decided_by_rank_0(lambda: _newest_whole(config.run_dir))
+    found = comm.decided_by_rank_0(lambda: _newest_whole(config.run_dir))
     return config if found is None else _with_edges(config, found[1])
 
 
@@ -267,7 +267,7 @@ def resume(trainer: Trainer, data_digest: str, pass_over: int | None = None) -> 
         return found, read_passed_over(run_dir)
 
     # a shared file system can show other ranks an older state
-    found, passed_over = _decided_by_rank_0(choose)
+    found, passed_over = comm.decided_by_rank_0(choose)
     record = RunRecord()
     if found is not None:
         newest, _ = found
@@ -301,20 +301,6 @@ def _clean(run_dir: Path) -> None:
         said.append(f"{checkpoint}: now {set_aside(checkpoint).name}")
     for line in [*said, *remove_leftovers(run_dir)]:
         print(line, file=sys.stderr, flush=True)
-
-
-def _decided_by_rank_0(decide: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on every rank; its InputError too."""
-    value, problem = None, None
-    if comm.rank() == 0:
-        try:
-            value = decide()
-        except InputError as error:
-            problem = error
-    value, problem = comm.from_rank_0((value, problem))
-    if problem is not None:
-        raise problem
-    return value
 
 
 def _is_free(key: str) -> bool:

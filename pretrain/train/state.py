@@ -118,16 +118,8 @@ def _samples_for_edges(config: DataConfig, data: ShardedDataset) -> list[Sample]
     if config.stream is None:
         positions = np.linspace(0, len(data) - 1, num=min(len(data), _NUM_SAMPLES_FOR_EDGES)).astype(int)
         return [sample for position in positions if (sample := data.sound_sample(int(position))) is not None]
-    samples: list[Sample] = []
-    problem: InputError | None = None
-    if comm.rank() == 0:
-        try:
-            samples = first_samples(data, config.stream, _NUM_SAMPLES_FOR_EDGES)
-        except InputError as error:
-            problem = error
-    samples, problem = comm.from_rank_0((samples, problem))
-    if problem is not None:
-        raise problem
+    stream = config.stream
+    samples: list[Sample] = comm.decided_by_rank_0(lambda: first_samples(data, stream, _NUM_SAMPLES_FOR_EDGES))
     return samples
 
 
