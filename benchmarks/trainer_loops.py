@@ -51,6 +51,7 @@ def main(side: str, config_path: str, num_warm_steps: int) -> None:
     if comm.rank() == 0:
         print(json.dumps({"s_per_step": elapsed_s / (config.steps - num_warm_steps), "losses": mean}), flush=True)
     dist.destroy_process_group()
+    comm.end_process(0)
 
 
 def _loss_of(forward: Any, model: Any, config: TrainConfig) -> Callable[[Batch], Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -191,3 +193,15 @@ def shut_down() -> None:
     if is_initialised():
         _cpu_group.cache_clear()
         dist.destroy_process_group()
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends this process, after what is registered for its exit, without the interpreter's finalisation.
+
+    While the interpreter is finalised, a thread of gloo that lets go of a collective's tensors (a moment after the
+    collective, or later on a busy machine) ends the whole process by SIGABRT: torch issue 190489.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -100,7 +100,9 @@ def _run_as_rank() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_status)  # without what libraries do at exit: they can wait for ranks that are gone
-    sys.exit(0)
+    from pretrain.distributed import comm
+
+    comm.end_process(0)
 
 
 if __name__ == "__main__":

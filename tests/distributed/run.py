@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pretrain.distributed import comm
+
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 600.0) -> list[Any]:
     """`function(*arguments)` with a process group; its results (torch.save-able) in the order of the ranks.
@@ -43,3 +45,4 @@ def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: st
         torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+    comm.end_process(0)  # an error is reported by the interpreter's way out
