@@ -7,11 +7,15 @@ batch, U_r those that this rank encodes, P patches.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from pretrain.data.buffers import Slot, delivered
 
 _Self = TypeVar("_Self", bound="_OnDevice")
 
@@ -25,20 +29,23 @@ class _OnDevice:
     def pin_memory(self: _Self) -> _Self:
         return self._map(torch.Tensor.pin_memory)
 
-    def _map(self: _Self, function: object) -> _Self:
-        def walk(value: object) -> object:
-            if isinstance(value, Tensor):
-                return function(value)  # type: ignore[operator]
-            if isinstance(value, _OnDevice):
-                return value._map(function)
-            if isinstance(value, list):
-                return [walk(item) for item in value]
-            if isinstance(value, dict):
-                return {key: walk(item) for key, item in value.items()}
-            return value
+    def _map(self: _Self, function: Callable[[Tensor], object]) -> _Self:
+        copy: _Self = _walk(self, Tensor, function)
+        return copy
 
-        fields = {field.name: walk(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return type(self)(**fields)
+
+def _walk(value: Any, kind: type, function: Callable[[Any], object]) -> Any:
+    """A copy in which `function` has replaced every value of that kind."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, _OnDevice):
+        fields = {f.name: _walk(getattr(value, f.name), kind, function) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+        return type(value)(**fields)
+    if isinstance(value, list):
+        return [_walk(item, kind, function) for item in value]
+    if isinstance(value, dict):
+        return {key: _walk(item, kind, function) for key, item in value.items()}
+    return value
 
 
 @dataclass
@@ -87,8 +94,20 @@ class Batch(_OnDevice):
     num_truncated: int  # texts of this rank cut at the tokenizer's context length
     #: (position in the index, reason) of this rank's images that could not be decoded; their pixels are zeros
     damaged: tuple[tuple[int, str], ...] = ()
+    slot: Slot | None = None  # in a reader process: where image_BCHW lies
+
+    def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
+        """From a reader process: torch would open a file and a connection for each of the small tensors."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        image_BCHW, slot = fields.pop("image_BCHW"), fields.pop("slot")
+        return _received, (slot or image_BCHW, _walk(fields, Tensor, Tensor.numpy))
 
     @property
     def num_texts(self) -> int:
         """U."""
         return int(self.gathered_row_U.shape[0])
+
+
+def _received(images: Slot | Tensor, fields: dict[str, Any]) -> Batch:
+    image_BCHW = delivered(images) if isinstance(images, Slot) else images
+    return Batch(image_BCHW=image_BCHW, **_walk(fields, np.ndarray, torch.from_numpy))

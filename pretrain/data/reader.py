@@ -5,6 +5,8 @@ plan.py (which samples) -> texts.py (which texts, whose) -> shards -> transforms
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import multiprocessing
 import multiprocessing.context
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from data_prep.errors import InputError
 from data_prep.schema import NO_ASPECT_CODE, Aspect, text_hash
 from pretrain.data.batch import Batch, PackedTexts
+from pretrain.data.buffers import Buffers
 from pretrain.data.diagnoses import DiagnosisTable, diagnosis_distances
 from pretrain.data.manifest import DamagedSample, ShardedDataset
 from pretrain.data.masks import MaskConfig, draw_mask, num_masked
@@ -83,6 +86,7 @@ class BatchDataset(Dataset[Batch]):
         check_batch_size(data, spec.global_batch_size, world_size)
         self.data, self.spec, self.transform, self.tokenizer = data, spec, transform, tokenizer
         self.rank, self.world_size = rank, world_size
+        self.buffers: Buffers | None = None  # of the reader's processes
         self._order = SampleOrder(data.shard_sizes, spec.seed, spec.shards_per_block)
 
     @property
@@ -115,12 +119,15 @@ class BatchDataset(Dataset[Batch]):
         sample_B = sample_N[self.mine]
         seeds = [sample_seed(self.spec.seed, epoch, int(sample)) for sample in sample_B]
         damaged: dict[int, str] = {}
-        images = self._images(sample_B, seeds, damaged)
+        lent = None if self.buffers is None else self.buffers.take()
+        slot, memory_BCHW = lent or (None, None)
+        images = self._images(sample_B, seeds, damaged, memory_BCHW)
 
         def encode(plan: TextPlan) -> list[NDArray[np.int64]]:
             return self.tokenizer.encode(self._strings(plan, sample_N, damaged))
 
-        return self.assemble(sample_N, images, self.masks(seeds), encode, damaged)
+        batch = self.assemble(sample_N, images, self.masks(seeds), encode, damaged)
+        return dataclasses.replace(batch, slot=slot)
 
     @property
     def mine(self) -> slice:
@@ -186,8 +193,14 @@ class BatchDataset(Dataset[Batch]):
         edges, pad_id, trim = self.spec.bucket_edges, self.tokenizer.pad_id, self.tokenizer.can_trim
         return [pack([tokens[text] for text in part], edges, pad_id, trim) for part in parts]
 
-    def _images(self, sample_B: NDArray[np.int64], seeds: Sequence[int], damaged: dict[int, str]) -> torch.Tensor:
-        """(B, 3, H, W) uint8; zeros for what cannot be decoded."""
+    def _images(
+        self,
+        sample_B: NDArray[np.int64],
+        seeds: Sequence[int],
+        damaged: dict[int, str],
+        memory_BCHW: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """(B, 3, H, W) uint8, in the memory given, if any; zeros for what cannot be decoded."""
         images = []
         for sample, seed in zip(sample_B.tolist(), seeds, strict=True):
             try:
@@ -196,9 +209,10 @@ class BatchDataset(Dataset[Batch]):
                 damaged[sample] = f"image: {error}"
                 image_CHW = torch.zeros(3, self.transform.image_px, self.transform.image_px, dtype=torch.uint8)
             images.append(image_CHW)
-        # in a worker process it stacks into shared memory, so that nothing is copied on the way to the trainer
-        image_BCHW: torch.Tensor = default_collate(images)
-        return image_BCHW
+        if memory_BCHW is None:
+            image_BCHW: torch.Tensor = default_collate(images)  # in a reader process into shared memory of its own
+            return image_BCHW
+        return torch.stack(images, out=memory_BCHW)
 
     def _strings(self, plan: TextPlan, sample_N: NDArray[np.int64], damaged: dict[int, str]) -> list[str]:
         """The texts this rank encodes, from the samples that supply them (all of them this rank's own); nothing in the
@@ -249,6 +263,10 @@ def read_batches(
     pin: bool = False,
 ) -> Iterator[Batch]:
     """Batches first_step .. num_steps - 1, in order, whatever the number of worker processes."""
+    if num_workers:
+        dataset = copy.copy(dataset)
+        mine, px = dataset.mine, dataset.transform.image_px
+        dataset.buffers = Buffers(num_workers, prefetch_batches + 1, (mine.stop - mine.start, 3, px, px))
     yield from from_workers(dataset, range(first_step, num_steps), num_workers, prefetch_batches, pin)
 
 

@@ -30,13 +30,21 @@ def stage(directory: Path, stage_dir: Path) -> Path:
     wait for the lock and find the copy, as do other jobs on the node and later runs. Files of the right size are not
     copied again. Nothing is ever removed here, but for what killed processes left unfinished.
 
-    Raises InputError where the disk has no room for it, with the numbers, or a shard is not of the manifest's size.
+    Raises InputError where the folder cannot be made, the disk has no room for it, with the numbers, or a shard is not
+    of the manifest's size.
     """
     manifest = read_manifest(directory)
     content = (directory / "manifest.json").read_bytes()
     folder = stage_dir / hashlib.sha256(content).hexdigest()[:16]
     sizes = {shard.name: shard.num_bytes for shard in manifest.shards}
     sizes["index.npy"] = _size(directory / "index.npy") or 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"data.stage_dir: {stage_dir}: {error.strerror}; name a folder of the node's own disk that can be written, "
+            "or leave it out and read from train_dir"
+        ) from None
     with disk_errors(folder), lock(folder / ".lock", "staging", wait_s=_WITHOUT_END):
         missing = [name for name, size in sizes.items() if _size(folder / name) != size]
         if missing:

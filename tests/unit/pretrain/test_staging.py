@@ -97,8 +97,9 @@ def test_a_shard_of_another_size_is_refused(source: Path, tmp_path: Path) -> Non
 
 def test_a_folder_that_cannot_be_made_is_said(source: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").write_text("a file")
-    with pytest.raises(InputError, match="correct the path or its permissions"):
-        stage(source, tmp_path / "disk")
+    for folder in (tmp_path / "disk", Path("/proc/no-such-folder")):
+        with pytest.raises(InputError, match=f"data.stage_dir: {folder}: .*; name a folder of the node's own disk"):
+            stage(source, folder)
 
 
 def test_jobs_at_once_make_one_copy(source: Path, tmp_path: Path) -> None:
