@@ -165,11 +165,12 @@ def print_figures(ratios: dict[str, list[float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny towers, one round: whether it runs, not how fast")
-    parser.add_argument("--num-rounds", type=int, default=10)
+    parser.add_argument("--num-rounds", type=int, default=6)
+    parser.add_argument("--images", type=int, default=32, help="of a rank in a step: with fewer, sending weighs more")
     parser.add_argument("--no-resume", action="store_true", help="leave benchmarks/resume.py out")
     arguments = parser.parse_args()
     num_rounds = 1 if arguments.quick else arguments.num_rounds
-    num_steps, images = (2 * LOG_EVERY, 4) if arguments.quick else (4 * LOG_EVERY, 8)
+    num_steps, images = (2 * LOG_EVERY, 4) if arguments.quick else (3 * LOG_EVERY, arguments.images)
     with tempfile.TemporaryDirectory() as name:
         path = write_run(Path(name), _TINY_MODEL if arguments.quick else _MODEL, images, num_steps)
         size = num_parameters(path)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+#: elements: 40 MB of fp32 gradients, 20 MB of bf16, as DDP's. DeepSpeed's own 5 x 10^8 are allocated in every step.
+REDUCE_BUCKET_SIZE = 10_000_000
+
 _OFFLOAD_DEVICE = "zero_optimization.offload_optimizer.device"
 _PARALLEL = "this trainer, which divides data over the ranks and nothing else,"
 #: paths in DeepSpeed's dictionary, and what decides them

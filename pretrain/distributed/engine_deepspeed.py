@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.deepspeed_options import REDUCE_BUCKET_SIZE
 from pretrain.distributed import comm
 from pretrain.distributed.optimizer import LrScales, build_optimizer, set_learning_rate
 from pretrain.distributed.universal import convert, load_universal
@@ -27,6 +28,10 @@ def deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig, micro_bat
     Raises InputError where an option stands in the place of a section.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage:
+        zero["reduce_bucket_size"] = REDUCE_BUCKET_SIZE
+    if config.zero_stage == 1:
+        zero["contiguous_gradients"] = False  # which stay whole until the step: one copy less
     if config.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": config.offload_optimizer}
     derived = {

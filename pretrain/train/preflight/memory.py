@@ -38,6 +38,7 @@ from pretrain.config import (
 )
 from pretrain.data.batch import PackedTexts
 from pretrain.data.masks import num_masked
+from pretrain.deepspeed_options import REDUCE_BUCKET_SIZE
 from pretrain.models.dual_encoder import DualEncoder
 from pretrain.objectives.build import build_objectives, find_masked_latent
 from pretrain.train.preflight.captions import TermSize
@@ -47,8 +48,7 @@ STAGES = (0, 1, 2, 3)  # of ZeRO; the torch engine has 0 alone
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-#: DeepSpeed's defaults, in elements
-_REDUCE_BUCKET_SIZE = 500_000_000
+#: DeepSpeed's default, in elements
 _MAX_LIVE_PARAMETERS = 1_000_000_000
 
 #: the part's name -> bytes of one rank
@@ -77,7 +77,7 @@ def state_bytes(module: Count, num_teacher: int, engine: EngineConfig, num_ranks
         "masters": 0 if is_fp32 and stage in (0, 3) else 4 * part_of(module.trained, 1),
         "moments": 8 * part_of(module.trained, 1),
         "fp32 gradients": 0 if is_fp32 and stage in (0, 3) else 4 * part_of(module.trained, 1),
-        "bucket": e * int(zero.get("reduce_bucket_size", _REDUCE_BUCKET_SIZE)) if stage else 0,
+        "bucket": e * int(zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE)) if stage else 0,
         "gathered": 0,
         "teacher": 4 * num_teacher,
     }
