@@ -16,6 +16,8 @@ import re
 import stat
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -144,6 +146,18 @@ def prepare_drawn(image: Image.Image, options: ImageOptions) -> PreparedImage:
     return _encode(image, options)
 
 
+def decode_image(data: bytes, options: ImageOptions) -> Image.Image:
+    """The picture at its own size, as preparation sees it before it reduces: RGB, upright, sRGB, white where it is
+    transparent; of an animation the first frame. Raises ImageRejected."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in `prepare_image`
+        image = _open(data, options)
+        _load(image)
+        orientation, profile = _orientation(image), image.info.get("icc_profile")
+        with _conversion_errors():
+            return _upright_srgb(_eight_bits(image), orientation, profile)
+
+
 def _open(data: bytes, options: ImageOptions) -> Image.Image:
     # Decoders meet hostile bytes here and in `_load` and raise OSError, ValueError, SyntaxError, struct.error,
     # zlib.error, ...: whichever it is, the row is rejected and the run goes on.
@@ -222,17 +236,12 @@ def _encode(image: Image.Image, options: ImageOptions) -> PreparedImage:
     _load(image)
     # some formats turn the picture while loading and then have no orientation any more
     orientation, profile = _orientation(image), image.info.get("icc_profile")
-    try:
+    with _conversion_errors():
         image = _eight_bits(image)
         if min(image.size) > options.short_side_px:
             image = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=_OVERSAMPLING)
-        if orientation in _TRANSPOSE:
-            image = image.transpose(_TRANSPOSE[orientation])
-        pixels = (_to_srgb(image, profile) if profile else image.convert("RGB")).tobytes()
-    except ImageRejected:
-        raise
-    except Exception:  # malformed palettes, transparency tables: again any exception
-        raise ImageRejected("pixels that cannot be converted to RGB") from None
+        image = _upright_srgb(image, orientation, profile)
+        pixels = image.tobytes()
     if max(image.size) > _MAX_JPEG_SIDE_PX:
         raise ImageRejected(f"longer than {_MAX_JPEG_SIDE_PX} px after reduction")
     # JPEG's writer takes comments and the like from `info`; an image made from the pixels alone has none
@@ -240,6 +249,22 @@ def _encode(image: Image.Image, options: ImageOptions) -> PreparedImage:
     buffer = io.BytesIO()
     clean.save(buffer, format="JPEG", quality=options.jpeg_quality)
     return _prepared(buffer.getvalue(), clean, pixels, reencoded=True)
+
+
+@contextmanager
+def _conversion_errors() -> Iterator[None]:
+    try:
+        yield
+    except ImageRejected:
+        raise
+    except Exception:  # malformed palettes, transparency tables: again any exception
+        raise ImageRejected("pixels that cannot be converted to RGB") from None
+
+
+def _upright_srgb(image: Image.Image, orientation: int, profile: Any) -> Image.Image:
+    if orientation in _TRANSPOSE:
+        image = image.transpose(_TRANSPOSE[orientation])
+    return _to_srgb(image, profile) if profile else image.convert("RGB")
 
 
 def _target_size(size: tuple[int, int], short_side_px: int) -> tuple[int, int]:

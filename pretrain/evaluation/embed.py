@@ -1,111 +1,90 @@
-"""The encoder that evaluation uses, and features of a data set.
-
-Shapes: N images, T texts, D embedding width.
-"""
+"""`dermvlp embed`: features of a folder, a table or shards into one file; goes on where it was interrupted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
-from safetensors.torch import load_file
-
 from data_prep.errors import InputError
-from data_prep.progress import Progress
-from pretrain.config import TrainConfig
-from pretrain.data.manifest import ShardedDataset
-from pretrain.data.texts import pack
-from pretrain.data.tokenize import TextTokenizer
-from pretrain.data.transforms import decode
-from pretrain.models.build import build_tokenizer, eval_transform
-from pretrain.models.dual_encoder import DualEncoder
-from pretrain.train.checkpoint import checkpoint_config, list_checkpoints
-from pretrain.train.state import build_dual_encoder
-
-_BATCH_SIZE = 64
+from data_prep.files import disk_errors, lock, remove_stale_partials, write_atomically
+from pretrain.evaluation.config import EvaluationSettings
+from pretrain.evaluation.export_table import SUFFIXES, TableInfo, read_info, write_table
+from pretrain.evaluation.feature_chunks import ChunkRows, read_rows, shape_of
+from pretrain.evaluation.features import encode_missing_chunks
+from pretrain.evaluation.interfaces import JOINT, Encoder, EvalData
 
 
-@dataclass
-class Encoder:
-    """A dual encoder in eval mode with what stands before its towers."""
+def embed(
+    encoder: Encoder, data: EvalData, out: Path, layer: str = JOINT, settings: EvaluationSettings | None = None
+) -> TableInfo:
+    """Features of all images of `data` into `out` (.parquet or .npy); a table that is there already is kept.
 
-    model: DualEncoder
-    tokenizer: TextTokenizer
-    transform: Callable[[Image.Image], torch.Tensor]  # open_clip's inference preprocessing
-    device: torch.device
-
-    @property
-    def logit_scale(self) -> float:
-        """exp of the parameter."""
-        return float(self.model.logit_scale.detach().exp())
-
-    @torch.no_grad()
-    def encode_images(self, data: ShardedDataset) -> NDArray[np.float32]:
-        """(N, D) unit vectors of all samples of a split, in the order of its index."""
-        features = []
-        with Progress("encoding images", unit="images", total=len(data)) as progress:
-            for start in range(0, len(data), _BATCH_SIZE):
-                positions = range(start, min(start + _BATCH_SIZE, len(data)))
-                images = torch.stack([self.transform(decode(data.read_image(position))) for position in positions])
-                image_BD, _ = self.model.encode_image(images.to(self.device))
-                features.append(image_BD.float().cpu())
-                progress.advance(len(positions))
-        return torch.cat(features).numpy()
-
-    @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(T, D) unit vectors."""
-        if not texts:
-            raise InputError("no text to encode")
-        tokens = self.tokenizer.encode(texts)
-        by_length = np.argsort([len(ids) for ids in tokens], kind="stable")
-        features: torch.Tensor | None = None
-        for start in range(0, len(texts), _BATCH_SIZE):  # neighbours in length share a batch, so little is padded
-            chosen = by_length[start : start + _BATCH_SIZE]
-            edges = (self.tokenizer.context_length,)
-            packed = pack([tokens[i] for i in chosen], edges, self.tokenizer.pad_id, self.tokenizer.can_trim)
-            text_TD = self.model.encode_texts(packed.to(self.device)).float().cpu()
-            features = text_TD.new_empty(len(texts), text_TD.shape[1]) if features is None else features
-            features[torch.from_numpy(chosen)] = text_TD
-        assert features is not None
-        return features.numpy()
-
-
-def untrained_encoder(config: TrainConfig) -> Encoder:
-    """The model that a run starts from."""
-    return _encoder(config, build_dual_encoder(config))
-
-
-def load_encoder(run_or_checkpoint: Path) -> Encoder:
-    """The newest checkpoint of a run, or the checkpoint named."""
-    checkpoint = find_checkpoint(run_or_checkpoint)
-    config = checkpoint_config(checkpoint)
-    model = build_dual_encoder(config, load_pretrained=False)
-    state = load_file(checkpoint / "model.safetensors")
-    model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("predictor.")})
-    return _encoder(config, model)
-
-
-def find_checkpoint(run_or_checkpoint: Path) -> Path:
-    if (run_or_checkpoint / "meta.json").is_file():
-        return run_or_checkpoint
-    checkpoints = list_checkpoints(run_or_checkpoint)
-    if not checkpoints:
-        raise InputError(f"{run_or_checkpoint}: no checkpoint here; train with `dermvlp train CONFIG` first")
-    return checkpoints[-1]
-
-
-def _encoder(config: TrainConfig, model: DualEncoder) -> Encoder:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).eval()
-    return Encoder(
-        model=model,
-        tokenizer=build_tokenizer(config.model, model.text),
-        transform=eval_transform(model.visual),
-        device=device,
+    Beside it `OUT.rejected.jsonl`, a line for each row of the data set and each image that could not be used, with the
+    reason; until it is done `OUT.parts/`, from which the same command goes on. Raises InputError for another ending, a
+    layer that the encoder has not, a table of another model, data set or layer, and where no image could be decoded.
+    """
+    settings = settings or EvaluationSettings()
+    if out.suffix not in SUFFIXES:
+        raise InputError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    wanted = TableInfo(
+        model=encoder.info.name,
+        model_digest=encoder.info.digest,
+        layer=layer,
+        data=data.name,
+        data_digest=data.digest,
+        num_images=0,
+        num_rejected=0,
+        width=0,
     )
+    parts_dir = out.with_name(f"{out.name}.parts")
+    if out.exists():
+        found = _finished(out, wanted)
+        shutil.rmtree(parts_dir, ignore_errors=True)  # left where it was killed after the table had its name
+        return found
+    with lock(parts_dir / ".lock", "another `dermvlp embed` of this file"), disk_errors(out.parent):
+        remove_stale_partials(parts_dir)
+        chunks_dir = parts_dir / f"{wanted.model_digest}-{wanted.data_digest}-{layer}"
+        chunks = encode_missing_chunks(encoder, data, layer, chunks_dir, settings, refuse_undecodable=False)
+        outcome = [read_rows(chunk) for chunk in chunks]
+        num_images, width = shape_of(outcome)
+        rejected = [*data.rejected, *_undecodable(outcome, data)]
+        info = wanted.model_copy(update={"num_images": num_images, "num_rejected": len(rejected), "width": width})
+        lines = [json.dumps(dict(row), ensure_ascii=False) for row in rejected]
+        write_atomically(rejected_path(out), "".join(f"{line}\n" for line in lines).encode())
+        write_table(out, chunks, [row.key for row in data.rows], info)
+    shutil.rmtree(parts_dir)
+    return info
+
+
+def settings_of(batch_size: int, num_workers: int) -> EvaluationSettings:
+    """Of the command's options. Raises InputError for one out of range."""
+    if batch_size < 1 or num_workers < 0:
+        raise InputError(
+            f"--batch-size {batch_size} --num-workers {num_workers}: at least 1 image, at least 0 processes"
+        )
+    return EvaluationSettings(batch_size=batch_size, num_workers=num_workers)
+
+
+def rejected_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.rejected.jsonl")
+
+
+def _finished(out: Path, wanted: TableInfo) -> TableInfo:
+    found = read_info(out)
+    if not found.is_of(wanted):
+        raise InputError(
+            f"{out}: holds layer {found.layer!r} of {found.model} ({found.model_digest}) for {found.data} "
+            f"({found.data_digest}); asked for is layer {wanted.layer!r} of {wanted.model} ({wanted.model_digest}) for "
+            f"{wanted.data} ({wanted.data_digest}): remove it, or choose another --out"
+        )
+    return found
+
+
+def _undecodable(chunks: Sequence[ChunkRows], data: EvalData) -> list[Mapping[str, str]]:
+    return [
+        {"key": data.rows[row].key, "field": "image", "reason": reason}
+        for chunk in chunks
+        for row, reason in chunk.rejected.items()
+    ]

@@ -1,0 +1,180 @@
+"""Features of a data set: equal to a direct computation, kept, resumed bit by bit, and what cannot be decoded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_prep.config import ImageOptions
+from data_prep.errors import InputError
+from data_prep.images.convert import decode_image
+from pretrain.data.manifest import ShardedDataset
+from pretrain.data.transforms import decode
+from pretrain.evaluation import embed_images, load_encoder
+from pretrain.evaluation.config import EvaluationSettings
+from pretrain.evaluation.encoders import OpenClipEncoder
+from pretrain.evaluation.feature_chunks import CHUNK_ROWS
+from pretrain.evaluation.features import batches_of, features, shard_features
+from tests.unit.evaluation.models import MODELS, Pictures, encoded, picture, save_model
+
+SETTINGS = EvaluationSettings(batch_size=48, num_workers=0)  # 48 does not divide a chunk
+NUM_IMAGES = CHUNK_ROWS + 40
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> OpenClipEncoder:
+    return load_encoder(save_model(tmp_path_factory.mktemp("clip") / "model", MODELS["clip"]))
+
+
+@pytest.fixture(scope="module")
+def images() -> list[bytes]:
+    return [encoded(picture(seed)) for seed in range(NUM_IMAGES)]
+
+
+def directly(encoder: OpenClipEncoder, images: list[bytes]) -> np.ndarray:
+    pixels = torch.stack([encoder.transform(decode(image)) for image in images])
+    with torch.no_grad():
+        return torch.nn.functional.normalize(encoder.model.visual(pixels), dim=-1).numpy()
+
+
+class Interrupted(Pictures):
+    """Ends in the middle, as by Ctrl-C."""
+
+    def read_image(self, position: int) -> bytes:
+        if position == CHUNK_ROWS + 20:
+            raise KeyboardInterrupt
+        return super().read_image(position)
+
+
+def test_equal_a_direct_computation_and_are_read_once(
+    encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path
+) -> None:
+    data = Pictures(images)
+    found = features(encoder, data, "joint", tmp_path, SETTINGS)
+    assert isinstance(found, np.memmap) and found.dtype == np.float32
+    assert np.abs(found - directly(encoder, images)).max() < 1e-6
+    assert data.read == list(range(NUM_IMAGES))
+    assert np.array_equal(features(encoder, data, "joint", tmp_path, SETTINGS), found)
+    assert len(data.read) == NUM_IMAGES  # not once more
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == [
+        f"{encoder.info.digest}-{data.digest}-joint.npy"
+    ]
+
+
+def test_an_interrupted_run_goes_on_and_ends_bit_equal(
+    encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        features(encoder, Interrupted(images), "joint", tmp_path / "resumed", SETTINGS)
+    data = Pictures(images)
+    resumed = features(encoder, data, "joint", tmp_path / "resumed", SETTINGS)
+    assert data.read == list(range(CHUNK_ROWS, NUM_IMAGES))
+    whole = features(encoder, Pictures(images), "joint", tmp_path / "whole", SETTINGS)
+    assert np.array_equal(resumed, whole)
+
+
+def test_other_layers_data_and_weights_do_not_meet(
+    encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path
+) -> None:
+    few = images[:3]
+    first = features(encoder, Pictures(few), "joint", tmp_path, SETTINGS)
+    tower = features(encoder, Pictures(few), "tower", tmp_path, SETTINGS)
+    other = features(encoder, Pictures(few[::-1], digest="f" * 16), "joint", tmp_path, SETTINGS)
+    assert not np.allclose(first, tower) and np.allclose(first, other[::-1], atol=1e-6)
+    assert len(list(tmp_path.glob("*.npy"))) == 3
+    with pytest.raises(InputError, match="layer 'no'"):
+        features(encoder, Pictures(few), "no", tmp_path, SETTINGS)
+
+
+def test_an_image_that_cannot_be_decoded_is_named_by_its_key(
+    encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path
+) -> None:
+    data = Pictures([*images[:4], images[4][:-200], *images[5:8]])
+    with pytest.raises(InputError, match=r"pictures: image key-0004: truncated or corrupt"):
+        features(encoder, data, "joint", tmp_path, SETTINGS)
+
+
+def test_a_file_that_cannot_be_read_is_not_named(encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path) -> None:
+    """Its name could be a patient's."""
+
+    class Gone(Pictures):
+        def read_image(self, position: int) -> bytes:
+            raise FileNotFoundError(2, "No such file", "/data/Jane Doe.jpg")
+
+    with pytest.raises(InputError, match="image key-0000: the image file cannot be read") as caught:
+        features(encoder, Gone(images[:2]), "joint", tmp_path, SETTINGS)
+    assert "Jane" not in str(caught.value)
+
+
+def test_files_that_were_damaged_are_named_with_the_remedy(
+    encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path
+) -> None:
+    stem = f"{encoder.info.digest}-{Pictures(images).digest}-joint"
+    with pytest.raises(KeyboardInterrupt):
+        features(encoder, Interrupted(images), "joint", tmp_path, SETTINGS)
+    chunk = tmp_path / f"{stem}.chunks" / "000000.npz"
+    chunk.write_bytes(chunk.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"000000\.npz: cannot be read .*; remove it"):
+        features(encoder, Pictures(images), "joint", tmp_path, SETTINGS)
+    np.save(tmp_path / f"{stem}.npy", np.zeros((5, 2), np.float32))
+    with pytest.raises(InputError, match=f"not the features of {NUM_IMAGES} images; remove it"):
+        features(encoder, Pictures(images), "joint", tmp_path, SETTINGS)
+
+
+def test_batches_end_with_their_chunk() -> None:
+    batches = batches_of([0, 2], 2 * CHUNK_ROWS + 10, 100)
+    assert [(batch.start, batch.stop) for batch in batches] == [
+        (0, 100),
+        (100, 200),
+        (200, CHUNK_ROWS),
+        (2 * CHUNK_ROWS, 2 * CHUNK_ROWS + 10),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_a_split_of_shards_gives_the_same_pixels_as_before(encoder: OpenClipEncoder, prepared_dir: Path) -> None:
+    data = ShardedDataset(prepared_dir / "val")
+    jpegs = [data.read_image(position) for position in range(len(data))]
+    for jpeg in jpegs:  # what `features` decodes with, beside what training decodes with
+        assert decode_image(jpeg, ImageOptions(min_side_px=1)).tobytes() == decode(jpeg).tobytes()
+    assert np.abs(shard_features(encoder, data) - directly(encoder, jpegs)).max() < 1e-6
+
+
+def test_pictures_are_upright_and_opaque() -> None:
+    image = picture(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    turned = encoded(image.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+    assert decode_image(turned, ImageOptions()).tobytes() == image.tobytes()
+    transparent = Image.new("RGBA", (40, 40), (200, 0, 0, 0))
+    assert decode_image(encoded(transparent, "PNG"), ImageOptions()).getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_files_and_pictures_in_three_lines(encoder: OpenClipEncoder, tmp_path: Path) -> None:
+    paths = []
+    for seed in range(5):
+        paths.append(tmp_path / f"{seed}.png")
+        paths[-1].write_bytes(encoded(picture(seed), "PNG"))
+    found = embed_images(encoder, paths, batch_size=2)
+    expected = directly(encoder, [encoded(picture(seed), "JPEG", quality=100, subsampling=0) for seed in range(5)])
+    assert np.abs(found - expected).max() < 0.02  # of a JPEG of the same picture
+    assert np.abs(embed_images(encoder, [str(paths[1]), picture(2)]) - found[1:3]).max() < 1e-6
+    assert embed_images(encoder, [picture(0)], layer="tower").shape == (1, 32)
+    paths[3].write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"3\.png: not an image"):
+        embed_images(encoder, paths)
+    with pytest.raises(InputError, match="no image to encode"):
+        embed_images(encoder, [])
+
+
+def test_results_are_read_without_torch() -> None:
+    code = "import sys, pretrain.evaluation.results; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
