@@ -38,6 +38,11 @@ def load_config(path: str | Path, overrides: list[str], model: type[Config]) -> 
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a mapping of keys to values at the top level")
+    return make_config(raw, overrides, model, path)
+
+
+def make_config(raw: dict[str, Any], overrides: list[str], model: type[Config], path: Path) -> Config:
+    """The same for keys and values that were not read from a file; `path` is what messages begin with."""
     for override in overrides:
         _apply_override(raw, override)
     try:

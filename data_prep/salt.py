@@ -11,11 +11,17 @@ from data_prep.errors import InputError
 from data_prep.files import lock, write_atomically
 
 
-def make_salt(work_dir: Path) -> str:
-    """DERMVLP_SALT, or a secret made once. Raises InputError where it is not the one that the folder was made with."""
+def salt_of_environment() -> str | None:
+    """DERMVLP_SALT, None where it is not set. Raises InputError where it is empty."""
     salt = os.environ.get("DERMVLP_SALT")
     if salt is not None and not salt.strip():
         raise InputError("DERMVLP_SALT: set but empty, so group ids could be guessed; unset it or give a secret")
+    return salt
+
+
+def make_salt(work_dir: Path) -> str:
+    """DERMVLP_SALT, or a secret made once. Raises InputError where it is not the one that the folder was made with."""
+    salt = salt_of_environment()
     work_dir.mkdir(parents=True, exist_ok=True)
     path = work_dir / "salt"
     with lock(work_dir / ".salt.lock", "another job that makes the salt", wait_s=60):  # arrays start together

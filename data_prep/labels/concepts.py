@@ -30,7 +30,7 @@ class Concepts:
     @classmethod
     def load(cls, path: str | Path) -> Concepts:
         """Raises InputError for a missing or malformed list."""
-        synonyms = _read(Path(path))
+        synonyms = read_terms(Path(path))
         names = [
             (name, term)
             for term, given in synonyms.items()
@@ -77,7 +77,8 @@ def _singular_word(word: str) -> str:
     return word[:-1] if re.search(r"[^suia]s$", word) or word.endswith("ias") else word
 
 
-def _read(path: Path) -> dict[str, list[str]]:
+def read_terms(path: Path) -> dict[str, list[str]]:
+    """The list as it stands, {term: synonyms}. Raises InputError for a missing or malformed one."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: _unique(pairs, path))
     except OSError as error:

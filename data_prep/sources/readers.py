@@ -11,7 +11,7 @@ import csv
 import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -41,12 +41,14 @@ def read_records(
     wanted: Mapping[str, str],
     fallback_encoding: str | None = "cp1252",
     tally: Tally | None = None,
+    json_lists: Collection[str] = (),
 ) -> Iterator[Record | Rejection]:
     """Yield (row, {column: text}) for each record below the header; `wanted` is {use: column}, uses for messages.
 
     Rows that are not UTF-8 are decoded as `fallback_encoding` and counted in `tally`, or rejected where that is None.
     A record with a NUL byte in a wanted column, with another number of fields than the header, or that is no JSON
-    object is a Rejection. Blank lines have a number and are no rows. A JSON list of plain values is joined by commas.
+    object is a Rejection. Blank lines have a number and are no rows. A JSON list of plain values is joined by commas;
+    in the columns `json_lists` it is written as JSON.
 
     Raises InputError for a file of another kind, a missing column, and for quotation marks that swallow lines.
     """
@@ -55,10 +57,10 @@ def read_records(
     columns = tuple(dict.fromkeys(wanted.values()))
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from _read_parquet(path, wanted, columns, fallback_encoding, tally)
+        yield from _read_parquet(path, wanted, columns, fallback_encoding, tally, json_lists)
     elif suffix == ".jsonl":
         check_keys(path, wanted, (value for _, value in _json_lines(path, fallback_encoding, tally=None)))
-        yield from _read_json_lines(path, columns, fallback_encoding, tally)
+        yield from _read_json_lines(path, columns, fallback_encoding, tally, json_lists)
     else:
         yield from _read_csv(path, wanted, columns, "\t" if suffix == ".tsv" else ",", fallback_encoding, tally)
 
@@ -240,8 +242,8 @@ def _with_nul(record: Mapping[str, str]) -> str | None:
 # ---------------------------------------------------------------------------------------------- JSON Lines
 
 
-def plain_text(value: Any) -> str:
-    """A JSON or Arrow value as text: null and NaN are "", a list of plain values is joined by commas.
+def plain_text(value: Any, lists_as_json: bool = False) -> str:
+    """A JSON or Arrow value as text: null and NaN are "", a list of plain values is joined by commas, or JSON.
 
     Raises ValueError for an object, and for a list that holds one.
     """
@@ -250,6 +252,8 @@ def plain_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and not any(isinstance(item, list | dict | bytes) for item in value):
+        if lists_as_json:
+            return json.dumps(value, ensure_ascii=False)
         return ", ".join(text for item in value if (text := plain_text(item)))
     if isinstance(value, list | dict | bytes):
         raise ValueError("a nested value")
@@ -300,7 +304,7 @@ def check_keys(path: Path, wanted: Mapping[str, str], records: Iterable[object])
 
 
 def _read_json_lines(
-    path: Path, columns: tuple[str, ...], fallback_encoding: str | None, tally: Tally
+    path: Path, columns: tuple[str, ...], fallback_encoding: str | None, tally: Tally, json_lists: Collection[str]
 ) -> Iterator[Record | Rejection]:
     for row, value in _json_lines(path, fallback_encoding, tally):
         if isinstance(value, Rejection):
@@ -309,7 +313,7 @@ def _read_json_lines(
         record: dict[str, str] = {}
         for column in columns:
             try:
-                record[column] = text = plain_text(value.get(column))
+                record[column] = text = plain_text(value.get(column), column in json_lists)
             except ValueError as error:
                 yield Rejection(path.name, row, column, f"{error}, where text or a number is expected")
                 break
@@ -329,7 +333,12 @@ class _Unusable:
 
 
 def _read_parquet(
-    path: Path, wanted: Mapping[str, str], columns: tuple[str, ...], fallback_encoding: str | None, tally: Tally
+    path: Path,
+    wanted: Mapping[str, str],
+    columns: tuple[str, ...],
+    fallback_encoding: str | None,
+    tally: Tally,
+    json_lists: Collection[str],
 ) -> Iterator[Record | Rejection]:
     import pyarrow as pa  # here: it takes a third of a second, and most tables are CSV
     from pyarrow import parquet
@@ -340,7 +349,10 @@ def _read_parquet(
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             check_columns(path, wanted, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=list(columns), use_threads=False):
-                cells = [_cells(batch.column(column), row + 1, fallback_encoding, tally) for column in columns]
+                cells = [
+                    _cells(batch.column(column), row + 1, fallback_encoding, tally, column in json_lists)
+                    for column in columns
+                ]
                 for values in zip(*cells, strict=True) if columns else ((),) * batch.num_rows:
                     row += 1
                     record = dict(zip(columns, values, strict=True))
@@ -352,7 +364,7 @@ def _read_parquet(
         ) from None
 
 
-def _cells(column: Any, first_row: int, fallback_encoding: str | None, tally: Tally) -> list[Any]:
+def _cells(column: Any, first_row: int, fallback_encoding: str | None, tally: Tally, lists_as_json: bool) -> list[Any]:
     """Text, or an `_Unusable`, for each value of an Arrow array."""
     import pyarrow as pa
 
@@ -372,7 +384,7 @@ def _cells(column: Any, first_row: int, fallback_encoding: str | None, tally: Ta
                 tally.add(f"not UTF-8, read as {fallback_encoding},", row)
             value = decoded
         try:
-            found = plain_text(value)
+            found = plain_text(value, lists_as_json)
         except ValueError as error:
             return _Unusable(f"{error}, where text or a number is expected")
         return _Unusable("a NUL byte in the text") if "\0" in found else found

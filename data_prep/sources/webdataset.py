@@ -11,10 +11,10 @@ import fnmatch
 import logging
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import ValidationError
 
@@ -29,6 +29,7 @@ from data_prep.sources.values import Tally, is_utf8
 logger = logging.getLogger(__name__)
 
 _MAX_TEXT_BYTES = 16 * 2**20  # of a member that is read whole
+_Found = TypeVar("_Found")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
@@ -40,6 +41,17 @@ class _Members:
     members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     problem: str | None = None
     num_seen: int = 0  # members of the tar up to the last of these
+
+
+@dataclass(frozen=True)
+class TarRecord:
+    """A sample as text, before its fields are given a meaning."""
+
+    row: int
+    table: str
+    image: ImageReference
+    caption: str | None
+    values: Mapping[str, str]  # of the keys asked for
 
 
 class WebDatasetRows:
@@ -75,6 +87,19 @@ class WebDatasetRows:
         return self.tars
 
     def rows(self) -> Iterator[SourceRow | Rejection]:
+        yield from self._over_tars(self._row)
+
+    def records(self, json_lists: Collection[str] = ()) -> Iterator[TarRecord | Rejection]:
+        """The values of `columns` and `extra_columns` as they are; lists of the keys `json_lists` as JSON."""
+
+        def record(row: int, path: Path, sample: _Members, file: BinaryIO, tally: Tally) -> TarRecord | Rejection:
+            return self._record(row, path, sample, file, json_lists)
+
+        yield from self._over_tars(record)
+
+    def _over_tars(
+        self, make: Callable[[int, Path, _Members, BinaryIO, Tally], _Found | Rejection]
+    ) -> Iterator[_Found | Rejection]:
         row = 0
         for path in self.tars:
             tally, skipped = Tally(path.name), Counter[str]()
@@ -83,7 +108,7 @@ class WebDatasetRows:
                 if isinstance(found, str):
                     yield Rejection(path.name, row, "(row)", found)
                 else:
-                    yield self._row(row, path, *found, tally)
+                    yield make(row, path, *found, tally)
             if not self._warned:  # the tars are read several times
                 tally.warn()
                 if skipped:
@@ -92,29 +117,43 @@ class WebDatasetRows:
         self._warned = True
 
     def _row(self, row: int, path: Path, sample: _Members, file: BinaryIO, tally: Tally) -> SourceRow | Rejection:
+        if self.labels is None:
+            try:
+                return self._from_sample(row, path.name, self._image(path, sample), _read_json(sample, file))
+            except _UnreadableError as error:
+                return Rejection(path.name, row, error.field, error.reason)
+        found = self._record(row, path, sample, file)
+        if isinstance(found, Rejection):
+            return found
+        origin = f"column:{self.config.caption_extension}"
+        return self.labels.row(row, path.name, found.image, found.values, tally, found.caption, origin)
+
+    def _record(
+        self, row: int, path: Path, sample: _Members, file: BinaryIO, json_lists: Collection[str] = ()
+    ) -> TarRecord | Rejection:
+        try:
+            image = self._image(path, sample)
+            caption = _read_text(sample, self.config.caption_extension, file)
+            values = self._values(_read_json(sample, file), json_lists) if self.keys else {}
+        except _UnreadableError as error:
+            return Rejection(path.name, row, error.field, error.reason)
+        return TarRecord(row, path.name, image, caption, values)
+
+    def _image(self, path: Path, sample: _Members) -> ImageReference:
         if sample.problem is not None:
-            return Rejection(path.name, row, "(row)", sample.problem)
+            raise _UnreadableError("(row)", sample.problem)
         images = [sample.members[ext] for ext in self.config.image_extensions if ext in sample.members]
         if len(images) != 1:
             reason = "several members are images" if images else "no member is an image by its extension"
-            return Rejection(path.name, row, "image", reason)
+            raise _UnreadableError("image", reason)
         name = f"{path.name}/{images[0].name}".encode("utf-8", "backslashreplace").decode()
-        image = ImageReference(name, path, images[0].offset_data, images[0].size)
-        try:
-            if self.labels is None:
-                return self._from_sample(row, path.name, image, _read_json(sample, file))
-            caption = _read_text(sample, self.config.caption_extension, file)
-            record = self._record(_read_json(sample, file)) if self.keys else {}
-        except _UnreadableError as error:
-            return Rejection(path.name, row, error.field, error.reason)
-        origin = f"column:{self.config.caption_extension}"
-        return self.labels.row(row, path.name, image, record, tally, caption, origin)
+        return ImageReference(name, path, images[0].offset_data, images[0].size)
 
-    def _record(self, value: Mapping[str, Any]) -> dict[str, str]:
+    def _values(self, value: Mapping[str, Any], json_lists: Collection[str]) -> dict[str, str]:
         record = {}
         for key in self.keys.values():
             try:
-                record[key] = text = plain_text(_reach(value, key))
+                record[key] = text = plain_text(_reach(value, key), key in json_lists)
             except ValueError as error:
                 raise _UnreadableError(key, f"{error}, where text or a number is expected") from None
             if "\0" in text or not is_utf8(text):
