@@ -1,124 +1,173 @@
-"""Image-text retrieval from features, exact where several images share one caption.
+"""Image-text retrieval from features: recall at k, median rank, mean recall, both ways, each with its interval.
 
-Shapes: N images, U distinct texts, D embedding width. Features are unit vectors.
+Shapes: N images, U distinct texts, P pairs (an image and a text of its own), D embedding width. Features are unit
+vectors. An image may have several texts and a text several images: see `retrieval_ranks` for what a rank is then.
 
-The rank of a query is the number of wrong items at least as similar as its best right one, so ties count against the
-model and a collapsed encoder scores 0, not 1. Recall@k is the share of queries with rank < k; reported median ranks
-count from 1.
+Recall@k is the share of queries with rank < k; reported median ranks count from 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from data_prep.errors import InputError
-from pretrain.evaluation.statistics import Estimate, Floats, Ints, bootstrap_interval, check_features, check_indices
+from pretrain.evaluation.retrieval_ranks import check_pairs, retrieval_ranks
+from pretrain.evaluation.statistics import Estimate, Floats, Groups, Ints, bootstrap_interval, group_codes
 
-#: Cosines closer than this are a tie. The product of one pair differs in its last bits with the chunk it is computed
-#: in; without a tolerance the ranks of repeated images would depend on the chunk size.
-TIE_TOLERANCE = 1e-9
+__all__ = [
+    "chance_levels",
+    "cumulative_match",
+    "mean_recall",
+    "rank_metrics",
+    "resampling_groups",
+    "retrieval_metrics",
+    "retrieval_ranks",
+]
+
+_MAX_CURVE_POINTS = 100
 
 
-def retrieval_ranks(
-    image_features: Floats, text_features: Floats, owner_text: Ints, *, chunk_size: int = 256
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ranks from 0 of each image's own text among the texts (N,), and of each text's best owner among the images (U,).
+@dataclass(frozen=True)
+class ResamplingGroups:
+    """Which queries are right or wrong together: an interval resamples whole groups.
 
-    A text that no image owns is a candidate but not a query: its rank is -1. Memory is chunk_size x U float64; the
-    N x U similarities never exist at once.
-
-    image_features: (N, D) unit. text_features: (U, D) unit, distinct strings. owner_text: (N,) integers in [0, U).
-    Raises InputError for shapes that do not fit, values that are not finite or owners outside the texts.
+    image_N, text_U: (N,), (U,) numbers of groups, counted over both. is_linked: an image and its texts share a group.
     """
-    owner = _check(image_features, text_features, owner_text)
-    if chunk_size < 1:
-        raise InputError(f"chunk_size: must be at least 1, got {chunk_size}")
-    num_images, num_texts = len(image_features), len(text_features)
-    images, texts = image_features.astype(np.float64), text_features.astype(np.float64)
-    own_similarity = np.einsum("nd,nd->n", images, texts[owner])
-    best_similarity = np.full(num_texts, np.inf)  # nothing reaches a text without owners
-    best_similarity[owner] = -np.inf
-    np.maximum.at(best_similarity, owner, own_similarity)
 
-    image_rank = np.empty(num_images, dtype=np.int64)
-    text_rank = np.zeros(num_texts, dtype=np.int64)
-    for start in range(0, num_images, chunk_size):
-        rows = slice(start, start + chunk_size)
-        similarity = images[rows] @ texts.T
-        similarity[np.arange(len(similarity)), owner[rows]] = -np.inf  # what is left is wrong, in both directions
-        image_rank[rows] = (similarity >= own_similarity[rows, None] - TIE_TOLERANCE).sum(axis=1)
-        text_rank += (similarity >= best_similarity - TIE_TOLERANCE).sum(axis=0)
-    text_rank[np.isinf(best_similarity)] = -1
-    return image_rank, text_rank
+    image_N: NDArray[np.int64]
+    text_U: NDArray[np.int64]
+    is_linked: bool
 
 
 def retrieval_metrics(
     image_features: Floats,
     text_features: Floats,
-    owner_text: Ints,
+    pairs: Ints,
     *,
     ks: Sequence[int] = (1, 5, 10),
-    chunk_size: int = 256,
+    patients: Groups | None = None,
+    chunk_size: int = 2048,
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Estimate]:
     """image_to_text_recall@k, text_to_image_recall@k, both median ranks, and mean_recall: the mean of all recalls.
 
-    A text is found when any of its images is among the first k. `n` is the number of queries; texts without an image
-    are no queries. With k at or above the number of candidates recall is 1 by definition: see `chance_levels`.
-    Intervals resample a text together with all its images, since a caption and its images are right or wrong together.
-    Arguments and errors as for `retrieval_ranks`.
+    A query is found when any of its own items is among the first k. `n` is the number of queries. With k at or above
+    the number of candidates recall is 1 by definition: see `chance_levels`. Intervals: see `resampling_groups`.
+    patients: (N,), of the images. Other arguments and errors as for `retrieval_ranks`.
     """
-    image_rank, text_rank = retrieval_ranks(image_features, text_features, owner_text, chunk_size=chunk_size)
-    queries = np.flatnonzero(text_rank >= 0)
-    text_rank = text_rank[queries]
+    image_rank, text_rank = retrieval_ranks(image_features, text_features, pairs, chunk_size=chunk_size)
+    groups = resampling_groups(pairs, len(image_features), len(text_features), patients)
+    return rank_metrics(
+        image_rank, text_rank, groups, ks=ks, num_resamples=num_resamples, confidence=confidence, seed=seed
+    )
 
-    def estimate(statistic: Any, arrays: list[NDArray[Any]], groups: NDArray[Any]) -> Estimate:
-        return bootstrap_interval(
-            statistic, arrays, groups=groups, num_resamples=num_resamples, confidence=confidence, seed=seed
-        )
 
+def rank_metrics(
+    image_rank: Ints,
+    text_rank: Ints,
+    groups: ResamplingGroups,
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """The metrics of `retrieval_metrics` from ranks (N,) and (U,) that count from 0; -1 = not a query."""
+    resampling: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
     metrics: dict[str, Estimate] = {}
-    for direction, rank, text in (("image_to_text", image_rank, owner_text), ("text_to_image", text_rank, queries)):
+    for direction, ranks, group in (
+        ("image_to_text", image_rank, groups.image_N),
+        ("text_to_image", text_rank, groups.text_U),
+    ):
+        rank, of_query = ranks[ranks >= 0], group[ranks >= 0]
         for k in ks:
-            metrics[f"{direction}_recall@{k}"] = estimate(np.mean, [rank < k], text)
-        metrics[f"{direction}_median_rank"] = estimate(np.median, [rank + 1], text)
-    # a query's mean over k of its hits; then the mean over queries, each direction with half the weight
-    hits = np.mean([np.concatenate([image_rank, text_rank]) < k for k in ks], axis=0)
-    is_image = np.arange(len(hits)) < len(image_rank)
-    metrics["mean_recall"] = estimate(_mean_of_directions, [hits, is_image], np.concatenate([owner_text, queries]))
+            metrics[f"{direction}_recall@{k}"] = bootstrap_interval(np.mean, [rank < k], groups=of_query, **resampling)
+        metrics[f"{direction}_median_rank"] = bootstrap_interval(np.median, [rank + 1], groups=of_query, **resampling)
+    metrics["mean_recall"] = mean_recall(image_rank, text_rank, groups, ks=ks, **resampling)
     return metrics
 
 
-def chance_levels(owner_text: Ints, num_texts: int, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Expected recalls of a random order of the candidates; same keys as `retrieval_metrics`, medians left out."""
-    num_images = len(owner_text)
-    num_owners = np.bincount(owner_text, minlength=num_texts)
+def mean_recall(
+    image_rank: Ints, text_rank: Ints, groups: ResamplingGroups, *, ks: Sequence[int], **resampling: Any
+) -> Estimate:
+    """Mean of the recalls at `ks` in both directions. resampling: arguments of `bootstrap_interval`."""
+    rank = np.concatenate([image_rank, text_rank])
+    is_image = np.arange(len(rank)) < len(image_rank)
+    is_query = rank >= 0
+    # a query's mean over k of its hits; then the mean over queries, each direction with half the weight
+    hits = np.mean([rank < k for k in ks], axis=0)
+    group = np.concatenate([groups.image_N, groups.text_U])
+    hits, is_image = hits[is_query], is_image[is_query]
+    # strata: where texts are groups of their own, a resample must still hold some
+    strata = is_image.astype(np.int64)
+    return bootstrap_interval(
+        _mean_of_directions, [hits, is_image], groups=group[is_query], strata=strata, **resampling
+    )
+
+
+def resampling_groups(pairs: Ints, num_images: int, num_texts: int, patients: Groups | None = None) -> ResamplingGroups:
+    """One group holds whatever is linked by a caption or by a patient, directly or over others.
+
+    A caption and its images are right or wrong together, and so are a patient's images. Where the links join more than
+    half of the images (few generic captions over all patients) resampling such groups means nothing: then images are
+    resampled by patient, texts one by one, and `is_linked` is False.
+    """
+    pair_P2 = check_pairs(pairs, num_images, num_texts)
+    patient_N = np.arange(num_images) if patients is None else group_codes(patients)
+    num_patients = int(patient_N.max()) + 1
+    # nodes: images, then texts, then patients
+    start = np.concatenate([pair_P2[:, 0], np.arange(num_images)])
+    end = np.concatenate([num_images + pair_P2[:, 1], num_images + num_texts + patient_N])
+    num_nodes = num_images + num_texts + num_patients
+    links = coo_array((np.ones(len(start), dtype=bool), (start, end)), shape=(num_nodes, num_nodes))
+    _, component = connected_components(links, directed=False)
+    component = component.astype(np.int64)
+    if np.bincount(component[:num_images]).max() <= max(num_images / 2, 1):
+        return ResamplingGroups(component[:num_images], component[num_images : num_images + num_texts], is_linked=True)
+    return ResamplingGroups(patient_N, num_patients + np.arange(num_texts), is_linked=False)
+
+
+def chance_levels(
+    pairs: Ints, num_texts: int, ks: Sequence[int] = (1, 5, 10), num_images: int | None = None
+) -> dict[str, float]:
+    """Expected recalls of a random order of the candidates; same keys as `retrieval_metrics`, medians left out.
+
+    pairs: as for `retrieval_ranks`. num_images: of all candidates, where `pairs` is (P, 2).
+    """
+    num_images = len(pairs) if num_images is None else num_images
+    image_P, text_P = check_pairs(pairs, num_images, num_texts).T
     levels: dict[str, float] = {}
-    for k in ks:
-        levels[f"image_to_text_recall@{k}"] = min(k, num_texts) / num_texts
-    for k in ks:
-        drawn = min(k, num_images)
-        # hypergeometric: the chance that none of a text's m images is among those drawn
-        found = [1 - comb(num_images - m, drawn) / comb(num_images, drawn) for m in num_owners.tolist() if m]
-        levels[f"text_to_image_recall@{k}"] = float(np.mean(found))
+    for direction, query_P, num_candidates in (
+        ("image_to_text", image_P, num_texts),
+        ("text_to_image", text_P, num_images),
+    ):
+        num_own, num_queries = np.unique(np.unique(query_P, return_counts=True)[1], return_counts=True)
+        for k in ks:
+            drawn = min(k, num_candidates)
+            # hypergeometric: the chance that none of a query's m items is among those drawn
+            missed = [comb(num_candidates - m, drawn) / comb(num_candidates, drawn) for m in num_own.tolist()]
+            levels[f"{direction}_recall@{k}"] = float(1 - np.average(missed, weights=num_queries))
     return levels | {"mean_recall": float(np.mean(list(levels.values())))}
+
+
+def cumulative_match(rank: Ints, num_candidates: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """k and recall@k, for up to 100 values of k spaced evenly in their logarithm, from 1 to all candidates.
+
+    rank: from 0; -1 = not a query.
+    """
+    k = np.unique(np.geomspace(1, num_candidates, _MAX_CURVE_POINTS).round().astype(np.int64))
+    rank = np.sort(rank[rank >= 0])
+    return k, np.searchsorted(rank, k) / len(rank)
 
 
 def _mean_of_directions(hits: Floats, is_image: NDArray[np.bool_]) -> float:
     return float((hits[is_image].mean() + hits[~is_image].mean()) / 2)
-
-
-def _check(image_features: Floats, text_features: Floats, owner_text: Ints) -> NDArray[np.int64]:
-    check_features(image_features, "image features")
-    check_features(text_features, "text features")
-    if image_features.shape[1] != text_features.shape[1]:
-        raise InputError(f"image features have width {image_features.shape[1]}, text features {text_features.shape[1]}")
-    remedy = "each image must own one of the texts"
-    return check_indices(owner_text, "owner_text", len(image_features), len(text_features), remedy)

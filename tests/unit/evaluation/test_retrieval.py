@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from data_prep.errors import InputError
-from pretrain.evaluation.retrieval import chance_levels, retrieval_metrics, retrieval_ranks
+from pretrain.evaluation.retrieval import (
+    chance_levels,
+    cumulative_match,
+    resampling_groups,
+    retrieval_metrics,
+    retrieval_ranks,
+)
+from pretrain.evaluation.statistics import group_codes
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -151,3 +158,41 @@ def test_unusable_arrays_are_refused() -> None:
             retrieval_ranks(*arguments)
     with pytest.raises(InputError, match="chunk_size"):
         retrieval_ranks(images, texts, owner, chunk_size=0)
+
+
+def test_chance_with_several_texts_an_image() -> None:
+    """Hypergeometric in both directions, and a text that no image has is a candidate."""
+    pairs = np.array([[0, 0], [0, 1], [1, 2], [2, 2], [3, 3]])
+    levels = chance_levels(pairs, num_texts=6, ks=(1, 2), num_images=4)
+    assert levels["image_to_text_recall@1"] == pytest.approx((2 / 6 + 3 / 6) / 4)
+    assert levels["image_to_text_recall@2"] == pytest.approx(((1 - 4 * 3 / 30) + 3 * 2 / 6) / 4)
+    assert levels["text_to_image_recall@1"] == pytest.approx((1 + 1 + 2 + 1) / 4 / 4)
+    large = chance_levels(np.arange(100_000), 100_000, ks=(100,))  # binomials of 360 digits
+    assert large["mean_recall"] == pytest.approx(0.001)
+
+
+def test_groups_are_what_captions_and_patients_link() -> None:
+    pairs = np.array([[0, 0], [1, 0], [2, 1], [3, 2], [4, 3], [5, 4]])
+    by_caption = resampling_groups(pairs, 6, 5)
+    assert group_codes(by_caption.image_N).tolist() == [0, 0, 1, 2, 3, 4]
+    assert by_caption.text_U.tolist() == by_caption.image_N[[0, 2, 3, 4, 5]].tolist()
+    linked = resampling_groups(pairs, 6, 5, ["a", "b", "b", None, "c", "c"])
+    assert group_codes(linked.image_N).tolist() == [0, 0, 0, 1, 2, 2] and linked.is_linked
+    # a patient of four images joins more than half of them
+    apart = resampling_groups(pairs, 6, 5, ["a", "b", "b", "b", "b", "c"])
+    assert group_codes(apart.image_N).tolist() == [0, 1, 1, 1, 1, 2] and not apart.is_linked
+    assert len({*apart.image_N, *apart.text_U}) == 3 + 5
+
+
+def test_an_interval_exists_where_few_texts_link_everything() -> None:
+    """Texts are groups of their own then; each resample must still hold one."""
+    images, texts, _ = noisy_pairs(40, 2, noise=1.0)
+    metrics = retrieval_metrics(images, texts, np.repeat([0, 1], [30, 10]), ks=(1,), num_resamples=200)
+    assert 0 <= metrics["mean_recall"].low < metrics["mean_recall"].high <= 1
+
+
+def test_cumulative_match_is_recall() -> None:
+    rank = np.array([0, 3, -1, 3, 999, 41])
+    k, recall = cumulative_match(rank, 1000)
+    assert k[0] == 1 and k[-1] == 1000 and len(k) <= 100 and (np.diff(k) > 0).all()
+    assert recall.tolist() == [sum(0 <= r < each for r in rank) / 5 for each in k]
