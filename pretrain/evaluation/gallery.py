@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from data_prep.schema import SUBCAPTION_ASPECTS, Aspect
 from pretrain.config import DiagnosisWeights, MultiAspectObjective, TrainConfig
 from pretrain.data.manifest import ShardedDataset
-from pretrain.evaluation.embed import Encoder
-from pretrain.evaluation.evaluate import Evaluation
+from pretrain.data.transforms import decode
+from pretrain.evaluation import zero_shot
+from pretrain.evaluation.classification import top_predictions
+from pretrain.evaluation.features import embed_images
+from pretrain.evaluation.interfaces import Encoder
 from pretrain.evaluation.report import GalleryCaption, GalleryItem
 from pretrain.losses.weights import diagnosis_guided
+from pretrain.prompts import TEMPLATES_PATH, load_templates
 
 
 def gallery(
-    encoder: Encoder, data: ShardedDataset, evaluation: Evaluation, config: TrainConfig, num_items: int = 8
+    encoder: Encoder, data: ShardedDataset, classnames: Sequence[str], config: TrainConfig, num_items: int = 8
 ) -> tuple[GalleryItem, ...]:
     """Samples of different classes, spread over the split."""
+    templates = load_templates(TEMPLATES_PATH)
+    classifier_CD = zero_shot.build_classifier(encoder.encode_texts, classnames, templates)
     multi_aspect = next((o for o in config.objectives if isinstance(o, MultiAspectObjective)), None)
     guided = DiagnosisWeights() if multi_aspect is None else multi_aspect.diagnosis_weights
-    return tuple(_item(encoder, data, position, evaluation, guided) for position in _positions(data, num_items))
+    positions = _positions(data, num_items)
+    image_ND = embed_images(encoder, [decode(data.read_image(position)) for position in positions])
+    shares_NC = zero_shot.probabilities(image_ND, classifier_CD, encoder.logit_scale)
+    predictions = top_predictions(shares_NC, classnames)
+    return tuple(
+        _item(encoder, data, position, predicted, guided)
+        for position, predicted in zip(positions, predictions, strict=True)
+    )
 
 
 def _positions(data: ShardedDataset, num_items: int) -> list[int]:
@@ -33,7 +48,11 @@ def _positions(data: ShardedDataset, num_items: int) -> list[int]:
 
 
 def _item(
-    encoder: Encoder, data: ShardedDataset, position: int, evaluation: Evaluation, guided: DiagnosisWeights | None
+    encoder: Encoder,
+    data: ShardedDataset,
+    position: int,
+    predictions: Sequence[tuple[str, float]],
+    guided: DiagnosisWeights | None,
 ) -> GalleryItem:
     sample = data.read_sample(position)
     aspects = [caption.aspect for caption in sample.captions]
@@ -48,5 +67,4 @@ def _item(
         GalleryCaption(str(caption.aspect), caption.text, weight)
         for caption, weight in zip(sample.captions, weights, strict=True)
     )
-    predictions = tuple(evaluation.top_predictions.get(position, ()))
-    return GalleryItem(data.read_image(position), sample.diagnosis, captions, predictions)
+    return GalleryItem(data.read_image(position), sample.diagnosis, captions, tuple(predictions))
