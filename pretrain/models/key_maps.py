@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn as nn
@@ -102,6 +102,30 @@ def hf_clip(state: State, tower: nn.Module) -> State:
     part, swaps = ("text_model.", _HF_COMMON) if is_text else ("vision_model.", _HF_CLIP_IMAGE)
     out = _hugging_face(state, part, swaps, "in_proj_")
     return out | ({own_head: state[head].T} if head in state else {})
+
+
+def to_hf_clip(state: State, names: Iterable[str]) -> State:
+    """The inverse of `hf_clip`, for both towers: a CLIP with open_clip's names (`visual.`, `text.`) under `names`.
+
+    `names` are those of a `transformers.CLIPModel`. Raises KeyError for one that open_clip's model has no tensor for.
+    """
+    out: State = {}
+    for name in names:
+        part, _, rest = name.partition(".")
+        if name == "logit_scale":
+            out[name] = state[name].reshape(())
+        elif part in ("visual_projection", "text_projection"):
+            out[name] = state["visual.proj" if part == "visual_projection" else "text.text_projection"].T.contiguous()
+        else:
+            prefix, swaps = ("text.", _HF_COMMON) if part == "text_model" else ("visual.", _HF_CLIP_IMAGE)
+            own = prefix + renamed(rest, swaps)
+            block, _, leaf = own.partition(".attn.")
+            if leaf.startswith(("q_proj.", "k_proj.", "v_proj.")):
+                fused = state[f"{block}.attn.in_proj_{leaf.partition('.')[2]}"]
+                out[name] = fused.chunk(3)["qkv".index(leaf[0])].contiguous()
+            else:
+                out[name] = state[own]
+    return out
 
 
 def hf_siglip(state: State, tower: nn.Module) -> State:

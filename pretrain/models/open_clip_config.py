@@ -20,7 +20,8 @@ from pretrain.config import ModelConfig
 PACKAGE_PREFIX = "package:"  # "package:NAME/folder": files that an installed Python package carries
 HUB_PREFIX = "hf-hub:"
 FOLDER_PREFIX = "local-dir:"
-_FILE = "open_clip_config.json"
+CONFIG_NAME = "open_clip_config.json"
+TEXT_TOWER_KEY = "holds_text_tower"  # in that file, beside model_cfg: see `holds_text_tower`
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,37 @@ def _parse(path: Path, name: str) -> OpenClipConfig:
 
 def _in_folder(folder: Path) -> OpenClipConfig:
     """As open_clip reads a `local-dir:`: the tokenizer is the folder's, whatever its config says."""
-    if not (folder / _FILE).is_file():
-        raise InputError(f"model name {FOLDER_PREFIX}{folder}: no {_FILE} in that folder; `dermvlp export` writes one")
-    spec = _parse(folder / _FILE, f"{FOLDER_PREFIX}{folder}")
+    if not (folder / CONFIG_NAME).is_file():
+        raise InputError(
+            f"model name {FOLDER_PREFIX}{folder}: no {CONFIG_NAME} in that folder; `dermvlp export` writes one"
+        )
+    spec = _parse(folder / CONFIG_NAME, f"{FOLDER_PREFIX}{folder}")
     text = spec.model_cfg["text_cfg"]
     if text.get("hf_tokenizer_name"):
         text["hf_tokenizer_name"] = str(folder)
-    tower = Path(text.get("hf_model_name") or "")
-    if tower.is_absolute() and not tower.exists() and (folder / "config.json").is_file():
-        text["hf_model_name"] = str(folder)  # written before the folder was moved
+    if holds_text_tower(folder):
+        text["hf_model_name"] = str(folder)
     return spec
+
+
+def holds_text_tower(folder: Path) -> bool:
+    """Whether the architecture of an exported folder's HF text tower is its own config.json, wherever it lies now.
+
+    Our exports say so, since the name that stands in open_clip_config.json is for the Hub.
+    """
+    raw = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    name = Path(raw["model_cfg"]["text_cfg"].get("hf_model_name") or "")
+    was_moved = name.is_absolute() and not name.exists()  # of exports before they said it
+    return bool(raw.get(TEXT_TOWER_KEY, was_moved)) and (folder / "config.json").is_file()
 
 
 def _download_config(name: str) -> Path:
     try:
-        return Path(hf_hub_download(name.removeprefix(HUB_PREFIX), _FILE))
+        return Path(hf_hub_download(name.removeprefix(HUB_PREFIX), CONFIG_NAME))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(
-            f"model name {name}: {_FILE} cannot be had from the Hub ({type(error).__name__}: {error}); check the name, "
-            f"or download it where there is a network and use {FOLDER_PREFIX}FOLDER"
+            f"model name {name}: {CONFIG_NAME} cannot be had from the Hub ({type(error).__name__}: {error}); check the "
+            f"name, or download it where there is a network and use {FOLDER_PREFIX}FOLDER"
         ) from None
 
 

@@ -33,6 +33,7 @@ from pretrain.config import TrainConfig
 from pretrain.distributed import comm
 from pretrain.distributed.engine import full_tensors
 from pretrain.models.open_clip_config import resolved_spec
+from pretrain.train.hardware import hardware_name
 from pretrain.train.record import RunRecord
 from pretrain.train.retention import (
     checkpoint_folder,
@@ -157,6 +158,7 @@ def _write_shared(
         "config": trainer.config.model_dump(mode="json"),
         "data_digest": data_digest,
         "num_ranks": comm.world_size(),
+        "hardware": hardware_name(),
         "files": list_files(folder),
         "crc32": list_checksums(folder),
     }

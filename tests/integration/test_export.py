@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from pretrain.cli import main
 from pretrain.data.manifest import ShardedDataset
-from pretrain.evaluation.embed import load_encoder
+from pretrain.evaluation.encoders import load_encoder
+from pretrain.evaluation.results import read_result
 from pretrain.publish.export import check_export, export
 from tests.integration.conftest import val_dir, write_config
 
@@ -60,7 +61,7 @@ def test_vit_and_clip_text_round_trip(run_config: dict[str, Any], tmp_path: Path
 def load_encoder_at_start(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     from data_prep.config import load_config
     from pretrain.config import TrainConfig
-    from pretrain.evaluation.embed import untrained_encoder
+    from pretrain.evaluation.encoders import untrained_encoder
 
     path = write_config(Path(config["run_dir"]).parent / "start.yaml", config)
     return untrained_encoder(load_config(path, [], TrainConfig)).model.state_dict()
@@ -104,12 +105,14 @@ def test_evaluate_command_prints_intervals_and_writes_json(
 ) -> None:
     run_dir = trained(run_config, tmp_path)
     capsys.readouterr()
-    out = tmp_path / "numbers.json"
-    assert main(["evaluate", str(run_dir), "--data", val_dir(run_config), "--out", str(out)]) == 0
+    command = ["evaluate", str(run_dir), "--data", val_dir(run_config), "--tasks", "zero_shot,retrieval"]
+    assert main([*command, "--set", "settings.num_workers=0"]) == 0
     printed = capsys.readouterr().out
-    numbers = json.loads(out.read_text())
-    for part, name in (("zero_shot", "balanced_accuracy"), ("zero_shot", "auroc"), ("retrieval", "mean_recall")):
-        estimate = numbers[part][name]
-        assert estimate["low"] <= estimate["value"] <= estimate["high"] and estimate["n"] > 0
+    out_dir = run_dir / "evaluations" / "val"
+    classified, retrieved = read_result(out_dir).tasks
+    for task, name in ((classified, "balanced_accuracy"), (classified, "auroc"), (retrieved, "mean_recall")):
+        metric = task.metrics[name]
+        assert metric.low <= metric.value <= metric.high and metric.n > 0
         assert name in printed
-    assert {f"image_to_text_recall@{k}" for k in (1, 5, 10)} <= numbers["retrieval"].keys()
+    assert {f"image_to_text_recall@{k}" for k in (1, 5, 10)} <= retrieved.metrics.keys()
+    assert "also in the training data" in printed and (out_dir / "report.html").is_file()

@@ -1,0 +1,138 @@
+"""Evaluations on the model card: tables with intervals and by group, and the Hub's model-index."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from huggingface_hub import EvalResult
+
+from pretrain.evaluation.results import ByGroup, EvaluationResult, Metric, TaskResult
+from pretrain.publish.markdown import bullets, plain, table
+
+#: the Hub's names of tasks (https://huggingface.co/tasks) where it has one
+_HUB_TASKS = {"zero_shot": "zero-shot-image-classification", "probe": "image-classification"}
+_TASK_TITLES = {
+    "zero_shot": "Zero-shot classification",
+    "retrieval": "Retrieval",
+    "probe": "Linear probe",
+    "concepts": "Concept annotation",
+    "multiple_choice": "Multiple choice",
+    "hierarchy": "Over the ontology",
+}
+_SKIN_TONE = "fitzpatrick"
+_ATTRIBUTES = {_SKIN_TONE: "skin tone (Fitzpatrick)", "age_band": "age", "body_site": "body site"}
+
+
+def results_section(evaluations: Sequence[EvaluationResult]) -> str:
+    """Every evaluation with its intervals, its groups (skin tone first) and what its training data has in common."""
+    if not evaluations:
+        return "None was given."
+    return "\n\n".join(part for evaluation in evaluations for part in _evaluation(evaluation))
+
+
+def knows_skin_tone(evaluations: Iterable[EvaluationResult]) -> bool:
+    """Whether some metric was measured by skin tone."""
+    tasks = [task for evaluation in evaluations for task in evaluation.tasks]
+    return any(groups.attribute == _SKIN_TONE and len(groups.groups) > 1 for task in tasks for groups in task.by_group)
+
+
+def eval_results(evaluations: Iterable[EvaluationResult]) -> list[EvalResult]:
+    """The defined metrics for `model-index`, each with its interval and number of rows as arguments."""
+    results = []
+    for evaluation in evaluations:
+        for task in evaluation.tasks:
+            for name, metric in task.metrics.items():
+                if metric.value is None:
+                    continue
+                results.append(
+                    EvalResult(
+                        task_type=_HUB_TASKS.get(task.task, task.task.replace("_", "-")),
+                        task_name=_TASK_TITLES[task.task],
+                        dataset_type=_slug(evaluation.dataset.name),
+                        dataset_name=evaluation.dataset.name,
+                        metric_type=name,
+                        metric_name=name.replace("_", " "),
+                        metric_value=round(metric.value, 4),
+                        metric_args=_arguments(metric, evaluation.confidence),
+                    )
+                )
+    return results
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "data"
+
+
+def _arguments(metric: Metric, confidence: float) -> dict[str, float | int]:
+    arguments: dict[str, float | int] = {"n": metric.n}
+    if metric.low is not None and metric.high is not None:
+        arguments |= {"confidence": confidence, "low": round(metric.low, 4), "high": round(metric.high, 4)}
+    return arguments
+
+
+def _evaluation(evaluation: EvaluationResult) -> list[str]:
+    data = evaluation.dataset
+    parts = [
+        f"### {plain(data.name)}",
+        f"{data.num_images:,} images; {evaluation.confidence:.0%} intervals in brackets.{_leakage(evaluation)}",
+    ]
+    for task in evaluation.tasks:
+        parts += _task(task)
+    return parts
+
+
+def _leakage(evaluation: EvaluationResult) -> str:
+    leakage = evaluation.leakage
+    if leakage is None:
+        return " It was not compared with the training data: some of its images may have been trained on."
+    found = f" {leakage.num_overlap:,} of them are in the training data too"
+    if leakage.num_overlap:
+        found += f" ({leakage.num_same_pixels:,} with the same pixels, {leakage.num_near:,} near copies)"
+    unknown = f"; {leakage.num_without_hash:,} could not be compared" if leakage.num_without_hash else ""
+    return f"{found}{unknown}."
+
+
+def _task(task: TaskResult) -> list[str]:
+    head = ["metric", "value", "n"]
+    has_chance = any(metric.chance is not None for metric in task.metrics.values())
+    head += ["chance"] if has_chance else []
+    head += ["without images of the training data"] if task.without_overlap else []
+    rows = []
+    for name, metric in task.metrics.items():
+        row = [plain(name), interval(metric), f"{metric.n:,}"]
+        row += ([number(metric.chance)] if metric.chance is not None else [""]) if has_chance else []
+        if task.without_overlap:
+            other = task.without_overlap.get(name)
+            row.append("" if other is None else interval(other))
+        rows.append(row)
+    parts = [f"#### {_TASK_TITLES[task.task]}", table(head, rows)]
+    parts += [bullets(plain(note) for note in task.notes)] if task.notes else []
+    for groups in sorted(task.by_group, key=lambda groups: groups.attribute != _SKIN_TONE):
+        parts += _groups(groups)
+    return parts
+
+
+def _groups(groups: ByGroup) -> list[str]:
+    title = _ATTRIBUTES.get(groups.attribute, groups.attribute.replace("_", " "))
+    rows = [(plain(name), interval(metric), f"{metric.n:,}") for name, metric in groups.groups.items()]
+    facts = []
+    if groups.worst is not None:
+        facts.append(f"worst: {plain(groups.worst)}")
+    if groups.gap is not None:
+        facts.append(f"gap {interval(groups.gap)}")
+    facts.append(f"{groups.num_unknown:,} rows without a value")
+    return [
+        f"{plain(groups.metric)} by {plain(title)}: {'; '.join(facts)}.",
+        table((plain(title), plain(groups.metric), "n"), rows),
+    ]
+
+
+def interval(metric: Metric) -> str:
+    if metric.low is None or metric.high is None:
+        return number(metric.value)
+    return f"{number(metric.value)} [{number(metric.low)}, {number(metric.high)}]"
+
+
+def number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"

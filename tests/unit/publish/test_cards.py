@@ -1,0 +1,183 @@
+"""The model card says what the run and its evaluations say, and its front matter can be read back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+
+from data_prep.schema import Aspect, ShardManifest
+from pretrain.config import TrainConfig
+from pretrain.publish.card_results import eval_results, knows_skin_tone, results_section
+from pretrain.publish.licences import weights_licence
+from pretrain.publish.markdown import count_table, plain
+from pretrain.publish.model_card import CardFacts, ModelFacts, model_card
+from pretrain.publish.run_facts import RunFacts, training_hours
+from tests.unit.publish.results import evaluation
+
+MODEL = ModelFacts(
+    num_parameters=149_620_737,
+    image_px=224,
+    embed_dim=512,
+    context_length=77,
+    has_own_text_tower=False,
+    clip_difference=2e-7,
+)
+LICENCES = {"CC BY 4.0": 909, "CC-BY-NC-4.0": 2961}
+
+
+def facts(**changes: object) -> CardFacts:
+    manifest = ShardManifest(
+        dataset="derm_images",
+        split="train",
+        num_samples=3870,
+        shards=(),
+        index_sha256="",
+        image_short_side=224,
+        captions_by_aspect={Aspect.CAPTION: 3870, Aspect.DIAGNOSIS: 3000},
+        samples_by_diagnosis={"nevus": 3000, "melanoma": 870},
+        samples_by_licence=LICENCES,
+        samples_by_source={"HAM10000": 2961, "PAD | UFES": 909},
+        num_rejected=12,
+        decomposer="rules-3",
+        config_digest="",
+    )
+    config = TrainConfig.model_validate(
+        {
+            "run_dir": "mine",
+            "data": {"train_dir": "train"},
+            "model": {"name": "ViT-B-16"},
+            "objectives": [{"kind": "clip"}, {"kind": "local_alignment"}],
+            "global_batch_size": 1024,
+            "num_steps": 2000,
+        }
+    )
+    run = RunFacts(
+        config=config,
+        manifest=manifest,
+        step=2000,
+        samples_seen=2_048_000,
+        num_ranks=4,
+        hardware="NVIDIA A100-SXM4-80GB",
+        hours=3.14159,
+        year=2026,
+        starts=("ViT-B-16, weights openai",),
+    )
+    base = CardFacts(
+        repo="org/derm-clip",
+        run=run,
+        licence=weights_licence(LICENCES),
+        model=MODEL,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def test_data_recipe_hardware_and_licence_stand_in_the_card() -> None:
+    card = ModelCard(model_card(facts()))
+    assert card.data.license == "cc-by-nc-4.0" and card.data.datasets == ["derm_images"]
+    for text in (
+        "149.6 M parameters",
+        "3,870 image-text pairs",
+        "| CC-BY-NC-4.0 | 2,961 | no commercial use, derivatives |",
+        "| CC BY 4.0 | 909 | commercial use, derivatives |",
+        r"| PAD \| UFES | 909 |",
+        "Rows of the sources that became no sample: 12.",
+        "- ViT-B-16, weights openai",
+        r"clip x 1, local\_alignment x 0.7",
+        "2,000 of 1,024 images; 2,048,000 images seen",
+        "4 rank(s), the first on: NVIDIA A100-SXM4-80GB",
+        "| hours of training | 3.1 (",
+        "training_metrics.jsonl",
+        "Non-commercial, because of CC-BY-NC-4.0 (2961 samples).",
+        "Not a medical device",
+        "Out of scope",
+        "How well it does by skin tone was not measured",
+        "nothing is known of how well it does",
+        "@misc{dermclip2026,",
+        'CLIPModel.from_pretrained("org/derm-clip")',
+    ):
+        assert text in card.text, text
+
+
+def test_what_a_run_did_not_record_is_said() -> None:
+    base = facts()
+    text = model_card(replace(base, run=replace(base.run, hardware=None, hours=None, starts=())))
+    assert "the first on: not recorded" in text and "| hours of training | not recorded |" in text
+    assert "training_metrics.jsonl" not in text and "published weights" not in text
+
+
+def test_results_stand_with_intervals_skin_tone_first() -> None:
+    text = results_section([evaluation("HAM10000")])
+    assert "| balanced\\_accuracy | 0.610 [0.550, 0.660] | 200 | 0.143 | 0.590 [0.520, 0.650] |" in text
+    assert "| top\\_3 | undefined | 0 |" in text
+    assert "5 of them are in the training data too (3 with the same pixels, 2 near copies)." in text
+    assert "| II | 0.660 [0.580, 0.720] | 120 |" in text and "| V | undefined | 2 |" in text
+    assert "worst: III; gap 0.090 [-0.040, 0.220]; 38 rows without a value." in text
+    assert text.index("skin tone (Fitzpatrick)") < text.index("by sex")
+    assert r"One class has \| four images." in text
+    assert "not compared with the training data" in results_section([evaluation("HAM10000", leakage=None)])
+    assert results_section([]) == "None was given."
+
+
+def test_model_index_holds_defined_metrics_with_their_intervals() -> None:
+    evaluations = (evaluation("HAM10000"), evaluation("PAD UFES"))
+    results = eval_results(evaluations)
+    assert [(r.dataset_type, r.metric_type, r.metric_value) for r in results] == [
+        ("ham10000", "balanced_accuracy", 0.61),
+        ("ham10000", "auroc", 0.9),
+        ("pad-ufes", "balanced_accuracy", 0.61),
+        ("pad-ufes", "auroc", 0.9),
+    ]
+    assert results[0].metric_args == {"n": 200, "confidence": 0.95, "low": 0.55, "high": 0.66}
+    assert results[1].metric_args == {"n": 200}
+    card = ModelCard(model_card(facts(evaluations=evaluations)))
+    assert card.data.eval_results == results
+    assert "by skin tone was not measured" not in card.text
+
+
+def test_skin_tone_is_known_only_where_it_was_measured() -> None:
+    result = evaluation("HAM10000")
+    assert knows_skin_tone([result])
+    without = result.tasks[0].model_copy(update={"by_group": result.tasks[0].by_group[:1]})
+    assert not knows_skin_tone([result.model_copy(update={"tasks": (without,)})])
+
+
+def test_gated_access_and_a_licence_that_the_hub_does_not_list() -> None:
+    card = ModelCard(model_card(facts(is_gated=True))).data.to_dict()
+    assert card["extra_gated_fields"]["I will not use this model for diagnosis or treatment"] == "checkbox"
+    assert "extra_gated_prompt" not in ModelCard(model_card(facts())).data.to_dict()
+    given = weights_licence({"unknown": 1}, given="CC BY-NC")
+    card = ModelCard(model_card(facts(licence=given))).data.to_dict()
+    assert card["license"] == "other" and card["license_name"] == "cc-by-nc"
+
+
+def test_a_model_without_clip_shape_says_why_and_how_it_loads() -> None:
+    model = replace(MODEL, clip_difference=None, no_clip_model="its tokenizer is another", has_own_text_tower=True)
+    text = model_card(facts(model=model))
+    assert "There is no `transformers.CLIPModel` of it: its tokenizer is another." in text
+    assert 'text_cfg=text_cfg | {"hf_model_name": "FOLDER"}' in text and "CLIPModel.from_pretrained" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a|b", r"a\|b"), ("<b>x</b>\n# y", r"\<b\>x\</b\> \# y"), ("[a](b)", r"\[a\](b)")]
+)
+def test_what_comes_from_data_is_no_markup(text: str, expected: str) -> None:
+    assert plain(text) == expected
+
+
+def test_rare_names_are_summed_up() -> None:
+    counts = {"a": 1, "b": 30, "c": 2, "d": 1000}
+    assert count_table("x", counts, "n", most=2).splitlines()[2:] == ["| d | 1,000 |", "| b | 30 |", "| 2 more | 3 |"]
+    assert len(count_table("x", counts, "n").splitlines()) == 6
+
+
+def test_hours_are_those_of_the_steps() -> None:
+    records = [
+        {"step": 10, "samples_per_s": 64.0},
+        {"step": 10, "val/loss": 1.0},
+        {"step": 30, "samples_per_s": 32.0},
+    ]
+    # 10 steps of 64 images at 64 a second, then 20 at 32 a second
+    assert training_hours(records, 64) == pytest.approx((10 + 40) / 3600)
+    assert training_hours([], 64) is None
