@@ -1,0 +1,313 @@
+"""Several models on the same evaluation sets: their values, differences with p-values, and ranks over the sets.
+
+Shapes: N rows of one set.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import InputError
+from data_prep.schema import Frozen
+from pretrain.evaluation.config import TASKS
+from pretrain.evaluation.paired_rows import PairedRows, read_rows
+from pretrain.evaluation.results import (
+    DatasetInfo,
+    EvaluationResult,
+    Metric,
+    ModelInfo,
+    Number,
+    TaskResult,
+    read_result,
+)
+from pretrain.evaluation.significance import holm, paired_difference, rank_models
+
+
+class ComparedModel(Frozen):
+    label: str  # its name; with a part of its digest where two have the same
+    info: ModelInfo
+
+
+class Entry(Frozen):
+    """One model on one set."""
+
+    model: str  # a label
+    dataset: str  # a name; one name is one set in a comparison
+    result: EvaluationResult  # with all its metrics, curves and groups
+
+
+class PValues(Frozen):
+    """Two-sided, of "the two models are equally good on these patients"."""
+
+    bootstrap: Number  # resampled patients on the other side of 0; None where the difference is undefined
+    permutation: Number  # the two models' outputs swapped, patient by patient
+    holm: Number  # the permutation's, corrected for all differences of this task (Holm, 1979)
+    is_exact: bool  # all swaps were tried, not a random part
+
+
+class Difference(Frozen):
+    """Second minus first model on the rows that both have; in the metric's own unit."""
+
+    dataset: str
+    task: str
+    metric: str
+    first: str
+    second: str
+    value: Metric  # lower_is_better as the metric's own
+    p: PValues
+    num_patients: int  # independent units: patients, or rows where no patient is known
+
+    @property
+    def better(self) -> str | None:
+        """The better model's label, None at 0 or where undefined. Says nothing of how sure that is."""
+        if not self.value.value:
+            return None
+        return self.second if (self.value.value > 0) != self.value.lower_is_better else self.first
+
+
+class Ranks(Frozen):
+    """Ranks from 1 (best) over the sets that all models have (Demsar, 2006)."""
+
+    task: str
+    metrics: dict[str, str]  # set -> the metric that its ranks are of
+    ranks: dict[str, dict[str, float]]  # model -> set -> rank; equal values share their mean rank
+    mean_rank: dict[str, float]  # best first
+    friedman_p: Number  # of "all models are equal"; None for two models, or where scipy has no answer
+    critical_difference: Number  # Nemenyi, 5 %: mean ranks further apart than this differ
+    not_different: tuple[tuple[str, ...], ...]  # largest runs of models within the critical difference: diagram's bars
+
+
+class Comparison(Frozen):
+    models: tuple[ComparedModel, ...]
+    datasets: tuple[DatasetInfo, ...]
+    entries: tuple[Entry, ...]
+    differences: tuple[Difference, ...]
+    ranks: tuple[Ranks, ...]  # of tasks that all models did on two sets or more
+    confidence: float
+    notes: tuple[str, ...] = ()  # what was left out and why, plain sentences
+
+    def entry(self, model: str, dataset: str) -> Entry | None:
+        return next((entry for entry in self.entries if (entry.model, entry.dataset) == (model, dataset)), None)
+
+
+def compare(
+    folders: Sequence[Path], *, num_resamples: int = 1000, num_permutations: int = 2000, seed: int = 0
+) -> Comparison:
+    """Compare the folders of `dermvlp evaluate`, each one model on one set.
+
+    Differences are of each task's primary metric, between all pairs of models on a set, over the rows that both tables
+    hold. Ranks are over the sets that all models did a task on, where there are two or more.
+
+    folders: or the evaluation.json in them. Raises InputError for fewer than two models, two sets with one name, a
+    model twice on a set, no set that two models share, intervals of different confidence, or a table that does not
+    belong to its evaluation.json.
+    """
+    results = {path.parent if path.is_file() else path: read_result(path) for path in folders}
+    models, labels = _models(results)
+    datasets = _datasets(results)
+    if len({result.confidence for result in results.values()}) > 1:
+        raise InputError("the evaluations have intervals of different confidence; evaluate again with one")
+    entries = tuple(
+        Entry(model=labels[folder], dataset=result.dataset.name, result=result) for folder, result in results.items()
+    )
+    folder_of = {(entry.model, entry.dataset): folder for entry, folder in zip(entries, results, strict=True)}
+    if len(folder_of) < len(entries):
+        raise InputError("one model is there twice on one set; name each evaluation once")
+    if len({entry.dataset for entry in entries}) == len(entries):
+        raise InputError(f"no two models were evaluated on the same set: {_listed(entries)}; evaluate them on one")
+    tests = _Tests(num_resamples, num_permutations, next(iter(results.values())).confidence, seed)
+    notes: list[str] = []
+    differences: list[Difference] = []
+    ranks: list[Ranks] = []
+    for task in _tasks(entries):
+        found = []
+        for data in datasets:
+            found += _differences(task, [e for e in entries if e.dataset == data.name], folder_of, tests, notes)
+        differences += _corrected(found)
+        ranked = _ranks(task, entries, [model.label for model in models], notes)
+        ranks += [ranked] if ranked is not None else []
+    return Comparison(
+        models=models,
+        datasets=datasets,
+        entries=entries,
+        differences=tuple(differences),
+        ranks=tuple(ranks),
+        confidence=tests.confidence,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+@dataclass(frozen=True)
+class _Tests:
+    num_resamples: int
+    num_permutations: int
+    confidence: float
+    seed: int
+
+
+# ---------------------------------------------------------------------------------------------- what is compared
+
+
+def _models(results: Mapping[Path, EvaluationResult]) -> tuple[tuple[ComparedModel, ...], dict[Path, str]]:
+    """The models in the order of their first folder, and each folder's label."""
+    infos = {(result.model.name, result.model.digest): result.model for result in results.values()}
+    if len(infos) < 2:
+        raise InputError("a comparison needs evaluations of two models or more")
+    names = Counter(name for name, _ in infos)
+    label_of = {key: key[0] if names[key[0]] == 1 else f"{key[0]} ({key[1][:6]})" for key in infos}
+    models = tuple(ComparedModel(label=label_of[key], info=info) for key, info in infos.items())
+    return models, {path: label_of[result.model.name, result.model.digest] for path, result in results.items()}
+
+
+def _datasets(results: Mapping[Path, EvaluationResult]) -> tuple[DatasetInfo, ...]:
+    """Raises InputError where one name stands for two sets: their rows, labels or texts differ."""
+    first: dict[str, tuple[Path, DatasetInfo]] = {}
+    for folder, result in results.items():
+        data = result.dataset
+        path, known = first.setdefault(data.name, (folder, data))
+        if known.digest != data.digest:
+            raise InputError(
+                f"{path} and {folder} were evaluated on different sets called {data.name!r}: {known.num_images} images "
+                f"with digest {known.digest}, {data.num_images} with {data.digest}. Evaluate both on the same data"
+            )
+    return tuple(data for _, data in first.values())
+
+
+def _tasks(entries: Sequence[Entry]) -> list[str]:
+    """In the order of the report."""
+    done = {task.task for entry in entries for task in entry.result.tasks}
+    return [name for name in TASKS if name in done]
+
+
+def _listed(entries: Sequence[Entry]) -> str:
+    return ", ".join(f"{entry.model} on {entry.dataset}" for entry in entries)
+
+
+# ---------------------------------------------------------------------------------------------- differences
+
+
+def _differences(
+    task: str,
+    entries: Sequence[Entry],
+    folder_of: Mapping[tuple[str, str], Path],
+    tests: _Tests,
+    notes: list[str],
+) -> list[Difference]:
+    """Of all pairs of models on one set; what cannot be compared is noted."""
+    done: list[tuple[Entry, TaskResult, PairedRows]] = []
+    for entry in entries:
+        result = entry.result.task(task)
+        if result is None:
+            continue
+        rows = read_rows(folder_of[entry.model, entry.dataset], result)
+        if rows is None:
+            notes.append(f"{task}: the tables do not hold what {result.primary} needs; no paired differences.")
+            return []
+        done.append((entry, result, rows))
+    found = []
+    for (first, mine, my_rows), (second, theirs, their_rows) in combinations(done, 2):
+        where = f"{task} on {first.dataset}: {first.model} and {second.model}"
+        if mine.primary != theirs.primary or my_rows.what != their_rows.what:
+            notes.append(f"{where} have different classes, seeds or primary metrics; no paired difference.")
+            continue
+        notes += [
+            f"{where} differ in {name}: {mine.settings[name]} and {theirs.settings.get(name)}."
+            for name, value in mine.settings.items()
+            if isinstance(value, str) and theirs.settings.get(name) != value
+        ]
+        found.append(_difference(where, first, second, mine, (my_rows, their_rows), tests, notes))
+    return found
+
+
+def _difference(
+    where: str,
+    first: Entry,
+    second: Entry,
+    result: TaskResult,
+    tables: tuple[PairedRows, PairedRows],
+    tests: _Tests,
+    notes: list[str],
+) -> Difference:
+    mine, theirs = tables
+    position = {key: row for row, key in enumerate(theirs.keys)}
+    my_rows = np.array([row for row, key in enumerate(mine.keys) if key in position], dtype=np.int64)
+    if len(my_rows) == 0:
+        raise InputError(f"{where} have no row in common, though their sets are the same; evaluate both again")
+    their_rows = np.array([position[mine.keys[row]] for row in my_rows])
+    if (mine.truth_N[my_rows] != theirs.truth_N[their_rows]).any():
+        raise InputError(f"{where} have different labels, though their sets are the same; evaluate both again")
+    if num_alone := len(mine.keys) + len(theirs.keys) - 2 * len(my_rows):
+        notes.append(f"{where}: {num_alone} rows that only one of them has are not compared.")
+    truth_N = mine.truth_N[my_rows]
+    tested = paired_difference(
+        mine.statistic,
+        mine.output_N[my_rows],
+        theirs.output_N[their_rows],
+        [truth_N],
+        groups=[mine.patients[row] for row in my_rows],
+        strata=truth_N,
+        num_resamples=tests.num_resamples,
+        num_permutations=tests.num_permutations,
+        confidence=tests.confidence,
+        seed=tests.seed,
+    )
+    of = result.metrics[result.primary]
+    return Difference(
+        dataset=first.dataset,
+        task=result.task,
+        metric=result.primary,
+        first=first.model,
+        second=second.model,
+        value=Metric.of(tested.estimate, is_share=of.is_share, lower_is_better=of.lower_is_better),
+        p=PValues(bootstrap=tested.p_bootstrap, permutation=tested.p_permutation, holm=None, is_exact=tested.is_exact),
+        num_patients=tested.num_groups,
+    )
+
+
+def _corrected(differences: Sequence[Difference]) -> list[Difference]:
+    known = [number for number, given in enumerate(differences) if given.p.permutation is not None]
+    adjusted = dict(zip(known, holm([float(differences[n].p.permutation or 0) for n in known]), strict=True))
+    return [
+        given.model_copy(update={"p": given.p.model_copy(update={"holm": adjusted.get(number)})})
+        for number, given in enumerate(differences)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- ranks
+
+
+def _ranks(task: str, entries: Sequence[Entry], labels: Sequence[str], notes: list[str]) -> Ranks | None:
+    """Over the sets on which all models have one primary metric with a value; None where those are fewer than two."""
+    results = {(entry.dataset, entry.model): entry.result.task(task) for entry in entries}
+    columns: dict[str, tuple[str, list[Metric]]] = {}
+    for dataset in dict.fromkeys(entry.dataset for entry in entries):
+        done = [result for label in labels if (result := results.get((dataset, label))) is not None]
+        primaries = {result.primary for result in done}
+        metrics = [result.metrics[result.primary] for result in done]
+        if len(done) == len(labels) and len(primaries) == 1 and all(metric.value is not None for metric in metrics):
+            columns[dataset] = (primaries.pop(), metrics)
+        elif done:
+            notes.append(f"{task}: {dataset} is not among the ranks, since not every model has a value there.")
+    if len(columns) < 2:
+        return None
+    values_MS = np.array([[float(metric.value or 0) for metric in metrics] for _, metrics in columns.values()]).T
+    table = rank_models(values_MS, [metrics[0].lower_is_better for _, metrics in columns.values()])
+    order = np.argsort(table.mean_rank_M, kind="stable").tolist()
+    return Ranks(
+        task=task,
+        metrics={dataset: metric for dataset, (metric, _) in columns.items()},
+        ranks={
+            label: dict(zip(columns, ranks, strict=True))
+            for label, ranks in zip(labels, table.ranks_MS.tolist(), strict=True)
+        },
+        mean_rank={labels[model]: float(table.mean_rank_M[model]) for model in order},
+        friedman_p=table.friedman_p,
+        critical_difference=table.critical_difference,
+        not_different=tuple(tuple(labels[model] for model in run) for run in table.not_different),
+    )

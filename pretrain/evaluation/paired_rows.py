@@ -1,0 +1,199 @@
+"""The tables of rows of an evaluation as a paired test needs them: one output a row, and the statistic of all rows.
+
+Shapes: N rows of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from data_prep.errors import InputError
+from pretrain.evaluation.results import TaskResult
+from pretrain.evaluation.statistics import Floats, Ints, accuracy, balanced_accuracy, weighted_f1
+from pretrain.evaluation.tables import read_table
+
+_OF_DECISIONS = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "weighted_f1": weighted_f1}
+
+
+@dataclass(frozen=True)
+class PairedRows:
+    """`statistic(truth, output)` is the task's primary metric; `truth` is the same for every model."""
+
+    keys: Sequence[tuple[str, ...]]  # N, distinct
+    patients: Sequence[str | None]  # N
+    truth_N: NDArray[np.int64]  # class, or direction: what is kept when rows are resampled
+    output_N: NDArray[Any]  # in a unit that all models share
+    statistic: Callable[..., float]
+    what: tuple[str, ...]  # names behind the codes of `truth_N`, such as the classes: equal, or not to be compared
+
+
+def read_rows(folder: Path, result: TaskResult) -> PairedRows | None:
+    """Of one task of an evaluation's folder; None where its table does not hold what the primary metric needs.
+
+    Raises InputError for a table that is missing, damaged, holds a row twice, or is not that of `result`: what it gives
+    is computed again, and compared with the value in evaluation.json.
+    """
+    reader = _READERS.get(result.task)
+    found = None if reader is None else reader(folder, result)
+    if found is None:
+        return None
+    path, rows = found
+    if len(set(rows.keys)) < len(rows.keys):
+        raise InputError(f"{path}: a row is there twice; evaluate again")
+    stated, computed = result.metrics[result.primary].value, rows.statistic(rows.truth_N, rows.output_N)
+    if stated is None:
+        return None
+    if abs(stated - computed) > 1e-6:
+        raise InputError(
+            f"{path}: gives {result.primary} {computed:.6f}, evaluation.json beside it says {stated}; evaluate again"
+        )
+    return rows
+
+
+def _zero_shot(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
+    path = folder / "zero_shot_probabilities.csv"
+    header, rows = read_table(path, ("key", "patient", "label", "predicted"))
+    classnames = tuple(header[4:])
+    label_N, predicted_N = _codes(path, rows, 2, classnames), _codes(path, rows, 3, classnames)
+    if result.primary in _OF_DECISIONS:
+        output_N: NDArray[Any] = predicted_N
+        statistic: Callable[..., float] = _OF_DECISIONS[result.primary]
+    elif result.primary == "auroc" and len(classnames) == 2:
+        first_N, second_N = _floats(path, rows, 4), _floats(path, rows, 5)
+        # not of the probability itself: it saturates at 1. A rank is a unit that two models share
+        with np.errstate(divide="ignore"):
+            output_N = (2 * rankdata(np.log(second_N) - np.log(first_N))).astype(np.int64)
+        statistic = _auroc_of_ranks
+    else:
+        return None
+    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), label_N, output_N, statistic, classnames)
+
+
+def _retrieval(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
+    """Of a query, the share of the ks at which it is found. One without a patient is a unit of its own."""
+    directions = ("image_to_text", "text_to_image")
+    prefix = "image_to_text_recall@"
+    ks = [int(name.removeprefix(prefix)) for name in result.metrics if name.startswith(prefix)]
+    if result.primary != "mean_recall":
+        return None
+    path = folder / "retrieval_ranks.csv"
+    _, rows = read_table(path, ("direction", "key", "patient", "rank"))
+    rank_N = _floats(path, rows, 3)
+    found_N = np.mean([rank_N <= k for k in ks], axis=0)
+    direction_N = _codes(path, rows, 0, directions)
+    return path, PairedRows(_keys(rows, 0, 1), _patients(rows, 2), direction_N, found_N, _mean_of_kinds, directions)
+
+
+def _probe(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
+    """Of "METRIC@10%" or "METRIC@4_shots": a mean over seeds, of which one image is a row each."""
+    metric, _, amount = result.primary.partition("@")
+    if metric not in _OF_DECISIONS:
+        return None
+    path = folder / "probe_predictions.csv"
+    _, rows = read_table(path, ("share", "seed", "key", "patient", "label", "predicted"))
+    rows = [row for row in rows if _amount(path, row[0]) == amount]
+    if not rows:
+        raise InputError(f"{path}: no row of {amount}, which evaluation.json ranks models by; evaluate again")
+    classnames = tuple(sorted({row[4] for row in rows}))
+    label_N = _codes(path, rows, 4, classnames)
+    # a predicted class that no row has is wrong, whichever it is
+    predicted_N = np.array([classnames.index(row[5]) if row[5] in classnames else len(classnames) for row in rows])
+    seeds = sorted({row[1] for row in rows})
+    seed_N = _codes(path, rows, 1, seeds)
+
+    def mean_over_seeds(truth_N: Ints, output_N: NDArray[Any]) -> float:
+        of_seed, label_N = np.divmod(truth_N, len(classnames))
+        parts = [of_seed == seed for seed in range(len(seeds))]
+        return float(np.mean([_OF_DECISIONS[metric](label_N[part], output_N[part]) for part in parts]))
+
+    return path, PairedRows(
+        keys=_keys(rows, 1, 2),
+        # an image without a known patient is one unit, not one for each seed
+        patients=[row[3] or f"key {row[2]}" for row in rows],
+        truth_N=seed_N * len(classnames) + label_N,
+        output_N=predicted_N,
+        statistic=mean_over_seeds,
+        what=(*classnames, *seeds),
+    )
+
+
+def _multiple_choice(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
+    if result.primary != "accuracy":
+        return None
+    path = folder / "multiple_choice_answers.csv"
+    _, rows = read_table(path, ("key", "patient", "answer", "predicted"))
+    right_N = np.array([row[2] == row[3] for row in rows], dtype=np.float64)
+    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), np.zeros(len(rows), dtype=np.int64), right_N, _mean, ())
+
+
+def _hierarchy(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
+    path = folder / "hierarchy_predictions.csv"
+    _, rows = read_table(path, ("key", "patient", "label", "predicted", result.primary))
+    classnames = tuple(sorted({row[2] for row in rows}))
+    label_N, distance_N = _codes(path, rows, 2, classnames), _floats(path, rows, 4)
+    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), label_N, distance_N, _mean, classnames)
+
+
+_READERS: dict[str, Callable[[Path, TaskResult], tuple[Path, PairedRows] | None]] = {
+    "zero_shot": _zero_shot,
+    "retrieval": _retrieval,
+    "probe": _probe,
+    "multiple_choice": _multiple_choice,
+    "hierarchy": _hierarchy,
+}
+
+
+def _mean(_truth_N: Ints, output_N: Floats) -> float:
+    return float(np.mean(output_N))
+
+
+def _mean_of_kinds(kind_N: Ints, output_N: Floats) -> float:
+    return float(np.mean([output_N[kind_N == kind].mean() for kind in np.unique(kind_N)]))
+
+
+def _auroc_of_ranks(label_N: Ints, double_rank_N: Ints) -> float:
+    """Of class 1 against class 0, without sorting: ranks are small integers, doubled since ties have halves."""
+    size = int(double_rank_N.max()) + 1
+    negative, positive = (np.bincount(double_rank_N[label_N == code], minlength=size) for code in (0, 1))
+    num_below = np.cumsum(negative) - negative / 2  # a tie counts one half
+    return float(positive @ num_below / (positive.sum() * negative.sum()))
+
+
+def _keys(rows: Sequence[Sequence[str]], *columns: int) -> list[tuple[str, ...]]:
+    return [tuple(row[column] for column in columns) for row in rows]
+
+
+def _patients(rows: Sequence[Sequence[str]], column: int) -> list[str | None]:
+    return [row[column] or None for row in rows]
+
+
+def _codes(path: Path, rows: Sequence[Sequence[str]], column: int, names: Sequence[str]) -> NDArray[np.int64]:
+    code_of = {name: code for code, name in enumerate(names)}
+    for number, row in enumerate(rows, start=1):
+        if row[column] not in code_of:
+            raise InputError(f"{path}: row {number}: {row[column]!r} is none of {', '.join(names)}; evaluate again")
+    return np.array([code_of[row[column]] for row in rows])
+
+
+def _amount(path: Path, cell: str) -> str:
+    """As metrics are named: "0.3" -> "30%", "4 shots" -> "4_shots"."""
+    if cell.endswith(" shots"):
+        return cell.replace(" ", "_")
+    try:
+        return f"{100 * float(cell):g}%"
+    except ValueError:
+        raise InputError(f"{path}: share {cell!r} is no number; evaluate again") from None
+
+
+def _floats(path: Path, rows: Sequence[Sequence[str]], column: int) -> NDArray[np.float64]:
+    try:
+        return np.array([float(row[column]) for row in rows])
+    except ValueError as error:
+        raise InputError(f"{path}: column {column + 1}: {error}; evaluate again") from None
