@@ -1,10 +1,10 @@
-# make env | demo | test | test-long | test-slow | test-kill | test-llm | test-slurm | lint | clean; see README.md
+# make env | demo | test | test-long | test-web | test-slow | test-kill | test-llm | test-slurm | lint | clean; see README.md
 PYTHON ?= python3
 SOURCE ?= configs/data/synthetic.yaml
 BIN := .venv/bin
 KILLS ?= 50
 
-.PHONY: env demo test test-slow test-long test-kill test-llm test-slurm lint clean
+.PHONY: env demo test test-slow test-long test-web test-kill test-llm test-slurm lint clean
 
 env: .venv/.installed
 
@@ -25,11 +25,15 @@ lint: env
 	$(BIN)/lint-imports
 
 test: env lint
-	$(BIN)/python -m pytest -m "not slow and not long and not llm and not slurm" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not long and not hub and not browser and not llm and not slurm" -n 2 --dist loadfile
 
 # Launchers, signals, another number of ranks, benchmarks: many processes, half a minute each.
 test-long: env
 	$(BIN)/python -m pytest -m long -n 2 --dist loadfile
+
+# Publishing against a local server that speaks the Hub's protocol, and pages in Chromium where there is one.
+test-web: env
+	$(BIN)/python -m pytest -m "hub or browser" -rs -n 2 --dist loadfile
 
 # Fifty real captions by a real small model (needs the network once, and DERMVLP_DATA); prints what was dropped and why.
 test-llm: env

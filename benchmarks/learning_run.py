@@ -43,10 +43,12 @@ from pretrain.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from pretrain.data.manifest import ShardedDataset
+from pretrain.data.manifest import ShardedDataset, diagnoses
 from pretrain.evaluation import retrieval, zero_shot
-from pretrain.evaluation.embed import Encoder, load_encoder
-from pretrain.evaluation.evaluate import TEMPLATES_PATH, diagnoses
+from pretrain.evaluation.encoders import load_encoder
+from pretrain.evaluation.features import shard_features
+from pretrain.evaluation.interfaces import Encoder
+from pretrain.prompts import TEMPLATES_PATH, load_templates
 from pretrain.train.loop import train
 from pretrain.train.metrics import read_metrics
 
@@ -215,8 +217,8 @@ def evaluate(encoder: Encoder, data: ShardedDataset, classnames: tuple[str, ...]
     `text_hit`: the same of the caption, which finds one of its images among all; `num_owners`: images of that caption.
     """
     samples = [data.read_sample(position) for position in range(len(data))]
-    image_ND = encoder.encode_images(data)
-    templates = zero_shot.load_templates(TEMPLATES_PATH)
+    image_ND = shard_features(encoder, data)
+    templates = load_templates(TEMPLATES_PATH)
     wordings = [wording.rstrip(".") for wording in WORDINGS["label"]]
     predicted = {
         name: zero_shot.probabilities(

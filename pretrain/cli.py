@@ -11,6 +11,8 @@ from pathlib import Path
 
 from data_prep.commands import add_commands
 from data_prep.errors import InputError
+from pretrain.evaluation.commands import add_commands as add_evaluation_commands
+from pretrain.publish.commands import add_commands as add_publishing_commands
 from pretrain.train.signals import hold
 
 # Each command imports what it needs: `dermvlp prepare` runs on a machine without torch.
@@ -53,15 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--nproc-per-node", type=int, help="ranks of this node; by default launch.num_ranks")
     train.add_argument("--rdzv-endpoint", help="HOST:PORT: the first node's name and a free port, for all the same")
     train.add_argument("--rdzv-id", default=os.environ.get("SLURM_JOB_ID", "dermvlp"), help="of this run")
-    evaluate = add("evaluate", _evaluate, "zero-shot and retrieval of a run's newest checkpoint")
-    evaluate.add_argument("run_dir", type=Path)
-    evaluate.add_argument("--data", type=Path, required=True, help="folder of a split, with manifest.json")
-    evaluate.add_argument("--classnames-of", type=Path, help="another split whose diagnoses are classes too")
-    evaluate.add_argument("--templates", default="dermatology", help="list in configs/eval/templates.json")
-    evaluate.add_argument("--out", type=Path, help="JSON file for the numbers")
-    export = add("export", _export, "a folder for open_clip's local-dir:")
-    export.add_argument("run_dir", type=Path)
-    export.add_argument("out_dir", type=Path)
+    add_evaluation_commands(add)
+    add_publishing_commands(add)
     demo = add("demo", _demo, "the whole way: prepare, evaluate, train, evaluate, export, report")
     demo.add_argument("--source", default="configs/data/synthetic.yaml", help="data config")
     demo.add_argument("--recipe", help="training config; by default the demo's for synthetic or for real images")
@@ -87,30 +82,6 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = load_training_config(arguments.config, arguments.overrides)
     num_ranks = None if arguments.nproc_per_node is None else arguments.nnodes * arguments.nproc_per_node
     return print_plan(config, num_ranks, as_json=arguments.json)
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from pretrain.data.manifest import ShardedDataset
-    from pretrain.evaluation.embed import load_encoder
-    from pretrain.evaluation.evaluate import TEMPLATES_PATH, diagnoses, evaluate, print_table, write_json
-    from pretrain.evaluation.zero_shot import load_templates
-
-    data = ShardedDataset(arguments.data)
-    others = [ShardedDataset(arguments.classnames_of)] if arguments.classnames_of else []
-    templates = load_templates(TEMPLATES_PATH, arguments.templates)
-    result = evaluate(load_encoder(arguments.run_dir), data, diagnoses(data, *others), templates)
-    print_table(result)
-    if arguments.out is not None:
-        write_json(arguments.out, result)
-    return 0
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from pretrain.publish.export import export
-
-    folder = export(arguments.run_dir, arguments.out_dir)
-    print(f'open_clip.create_model_and_transforms("local-dir:{folder}")')
-    return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

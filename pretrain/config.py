@@ -324,7 +324,8 @@ class CheckpointConfig(Frozen):
     every: PositiveInt = 500  # steps; the last one is always saved
     every_minutes: PositiveFloat | None = 30.0  # since the last one, whatever the step; None: off
     keep_last: PositiveInt = 2
-    keep_best: bool = True  # the one of the lowest validation loss, where there is validation
+    keep_best: bool = True  # where there is validation
+    best_by: Literal["loss", "retrieval", "zero_shot"] = "loss"  # lowest, or highest mean recall / balanced accuracy
     keep_every: PositiveInt | None = None  # steps; these are never removed
 
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from data_prep.config import PrepareConfig, load_config
@@ -18,18 +18,23 @@ from data_prep.prepare import prepare
 from data_prep.schema import ShardManifest
 from data_prep.summary import print_summary
 from pretrain.config import TrainConfig
-from pretrain.data.manifest import ShardedDataset
-from pretrain.evaluation.embed import Encoder, load_encoder, untrained_encoder
-from pretrain.evaluation.evaluate import TEMPLATES_PATH, Evaluation, diagnoses, evaluate, print_table, write_json
+from pretrain.data.manifest import ShardedDataset, diagnoses
+from pretrain.evaluation.config import EvaluationConfig, EvaluationSettings, RetrievalTask, ZeroShotTask
+from pretrain.evaluation.datasets import open_data
+from pretrain.evaluation.encoders import load_encoder, untrained_encoder
+from pretrain.evaluation.evaluate import evaluate, print_result
 from pretrain.evaluation.gallery import gallery
+from pretrain.evaluation.interfaces import Encoder
 from pretrain.evaluation.report import MetricRow, ReportData, write_report
-from pretrain.evaluation.zero_shot import load_templates
+from pretrain.evaluation.results import EvaluationResult
 from pretrain.publish.export import check_export, export
 from pretrain.train.curves import loss_curves
 from pretrain.train.launch import launch
 
 _RECIPES = Path(__file__).parents[1] / "configs" / "pretrain"
 _MAX_EXPORT_DIFFERENCE = 1e-4
+#: in this process: to start readers would take longer than to decode
+_TASKS = EvaluationConfig(tasks=(ZeroShotTask(), RetrievalTask()), settings=EvaluationSettings(num_workers=0))
 _LIMITS = (
     "A demonstration: small towers, few steps, one seed. The numbers show that the whole way works, "
     "not what the method can do.",
@@ -74,18 +79,19 @@ def demo(source: str, recipe: str | None, out_dir: Path) -> int:
         print_summary(data_config.out_dir, manifests, time.monotonic() - started)
     if "val" not in manifests:
         raise InputError(f"{source}: no sample is in the split `val`, so nothing can be evaluated; set val_fraction")
-    train_data, val_data = ShardedDataset(train_dir), ShardedDataset(val_dir)
-    classnames = diagnoses(train_data, val_data)
-    templates = load_templates(TEMPLATES_PATH)
+    val_data = ShardedDataset(val_dir)
+    classnames = diagnoses(ShardedDataset(train_dir), val_data)
+    evaluation_data = open_data(val_dir, [f"classnames={json.dumps(classnames)}"])
     with stage("evaluate before training"):
-        before = evaluate(untrained_encoder(config), val_data, classnames, templates)
+        before = evaluate(untrained_encoder(config), evaluation_data, run_dir / "before", _TASKS, num_pictures=0)
     with stage("train"):
         if status := launch(recipe, overrides):
             return status
     with stage("evaluate after training"):
         encoder = load_encoder(run_dir)
-        after = evaluate(encoder, val_data, classnames, templates)
-        write_json(run_dir / "evaluation.json", after)
+        out_dir = run_dir / "evaluations" / evaluation_data.name
+        after = evaluate(encoder, evaluation_data, out_dir, _TASKS, [train_dir])
+        print_result(after)
     with stage("export"):
         folder = export(run_dir, run_dir / "export")
         difference = check_export(folder, encoder, val_data)
@@ -98,20 +104,23 @@ def demo(source: str, recipe: str | None, out_dir: Path) -> int:
             config, manifests, before, after, stage.seconds, loss_curves(run_dir), encoder, val_data, is_synthetic
         )
         write_report(report_path, data)
-    print()
-    print_table(after, before)
     print(json.dumps(_result(before, after, time.monotonic() - started, report_path)))
     return 0
 
 
-def _result(before: Evaluation, after: Evaluation, seconds: float, report: Path) -> dict[str, Any]:
+def _result(
+    before: EvaluationResult, after: EvaluationResult, seconds: float, report: Path
+) -> dict[str, str | int | float | None]:
+    values = {
+        f"{name}_{when}": result.tasks[number].metrics[metric].value
+        for number, (name, metric) in enumerate((("zero_shot", "balanced_accuracy"), ("retrieval", "mean_recall")))
+        for when, result in (("before", before), ("after", after))
+    }
+    classified = after.tasks[0]
     return {
-        "zero_shot_before": round(before.zero_shot["balanced_accuracy"].value, 4),
-        "zero_shot_after": round(after.zero_shot["balanced_accuracy"].value, 4),
-        "retrieval_before": round(before.retrieval["mean_recall"].value, 4),
-        "retrieval_after": round(after.retrieval["mean_recall"].value, 4),
-        "num_classes": len(after.classnames),
-        "num_test": after.num_labelled,
+        **{name: None if value is None else round(value, 4) for name, value in values.items()},
+        "num_classes": len(classified.per_class),
+        "num_test": classified.metrics["balanced_accuracy"].n,
         "seconds": round(seconds, 1),
         "report": str(report),
     }
@@ -120,8 +129,8 @@ def _result(before: Evaluation, after: Evaluation, seconds: float, report: Path)
 def _report(
     config: TrainConfig,
     manifests: dict[str, ShardManifest],
-    before: Evaluation,
-    after: Evaluation,
+    before: EvaluationResult,
+    after: EvaluationResult,
     stages_s: dict[str, float],
     losses: dict[str, list[tuple[int, float]]],
     encoder: Encoder,
@@ -129,23 +138,25 @@ def _report(
     is_synthetic: bool,
 ) -> ReportData:
     train = manifests["train"]
-    num_parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
     facts = {
         "data": f"{train.dataset}: {train.num_samples} training, {manifests['val'].num_samples} validation samples",
         "licences": ", ".join(f"{name} {count}" for name, count in train.samples_by_licence.items()),
         "rejected rows": str(train.num_rejected),
         "sub-captions by": train.decomposer,
-        "towers": f"{config.model.name}, {num_parameters / 1e6:.1f} M parameters",
+        "towers": f"{config.model.name}, {encoder.info.num_parameters / 1e6:.1f} M parameters",
         "objectives": ", ".join(f"{objective.label} x {objective.weight:g}" for objective in config.objectives),
         "steps": f"{config.steps} of {config.global_batch_size} images",
         "engine": f"{config.engine.kind}, ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
         f"{config.launch.num_ranks} rank(s), {'GPU' if torch.cuda.is_available() else 'CPU'}",
     }
     rows = [
-        MetricRow(name, value, earlier[name], after.chance.get(name), is_share="median_rank" not in name)
-        for values, earlier in ((after.zero_shot, before.zero_shot), (after.retrieval, before.retrieval))
-        for name, value in values.items()
+        MetricRow(name, metric, earlier.metrics.get(name), metric.chance, metric.is_share)
+        for task, earlier in zip(after.tasks, before.tasks, strict=True)
+        for name, metric in task.metrics.items()
     ]
+    classified = after.tasks[0]
+    assert classified.confusion is not None
+    classnames = classified.confusion.classnames
     return ReportData(
         title=f"dermvlp demo: {train.dataset}",
         subtitle="Synthetic images and captions, drawn by a program: not medical data." if is_synthetic else "",
@@ -153,9 +164,9 @@ def _report(
         stages_s=stages_s,
         metrics=tuple(rows),
         losses=losses,
-        per_class_recall=after.per_class_recall,
-        confusion=after.confusion,
-        classnames=after.classnames,
-        gallery=gallery(encoder, val_data, after, config),
+        per_class_recall=classified.per_class,
+        confusion=np.array(classified.confusion.counts),
+        classnames=classnames,
+        gallery=gallery(encoder, val_data, classnames, config),
         limits=_LIMITS,
     )

@@ -23,7 +23,7 @@ echo "train: job $train"
 list=dermvlp-evaluate-after-$train.tsv
 for split in "$@"; do
     name=${split#/}
-    printf '%s\t%s\t%s\n' "$run_dir" "$split" "$run_dir/evaluation/${name//\//-}.json"
+    printf '%s\t%s\t%s\n' "$run_dir" "$split" "$run_dir/evaluations/${name//\//-}"
 done >"$list"
 evaluate=$(sbatch --parsable --dependency="afterok:$train" --kill-on-invalid-dep=yes --array="0-$(($# - 1))" \
     slurm/evaluate_array.sbatch "$list")

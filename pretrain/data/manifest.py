@@ -132,3 +132,8 @@ def read_manifest(directory: Path) -> ShardManifest:
     if manifest.schema_version != SCHEMA_VERSION:
         raise InputError(f"{path}: schema version {manifest.schema_version}, expected {SCHEMA_VERSION}; prepare again")
     return manifest
+
+
+def diagnoses(*datasets: ShardedDataset) -> tuple[str, ...]:
+    """The class names of some splits, sorted."""
+    return tuple(sorted({name for data in datasets for name in data.manifest.samples_by_diagnosis} - {"unknown"}))

@@ -1,109 +1,156 @@
-"""A split of shards and an encoder to numbers: zero-shot classification and retrieval, each with its interval."""
+"""One model on one data set: the tasks it has something for, their numbers and their page. `dermvlp evaluate`."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from types import ModuleType
 
 from data_prep.errors import InputError
-from data_prep.schema import Sample
-from pretrain.data.manifest import ShardedDataset
-from pretrain.evaluation import retrieval, zero_shot
-from pretrain.evaluation.embed import Encoder
-from pretrain.evaluation.statistics import Estimate
+from data_prep.files import disk_errors, lock, write_atomically
+from pretrain.evaluation.config import EvaluationConfig
+from pretrain.evaluation.datasets import EvalSet
+from pretrain.evaluation.features import features
+from pretrain.evaluation.interfaces import Encoder, TaskInput
+from pretrain.evaluation.leakage import overlap
+from pretrain.evaluation.report_evaluation import write_evaluation_report
+from pretrain.evaluation.report_extras import report_extras
+from pretrain.evaluation.results import DatasetInfo, EvaluationResult, Metric, write_result
+from pretrain.evaluation.statistics import Floats
+from pretrain.evaluation.tasks import concepts, hierarchy, multiple_choice, probe, retrieval, zero_shot
 
-TEMPLATES_PATH = Path(__file__).parents[2] / "configs" / "eval" / "templates.json"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    classnames: tuple[str, ...]
-    num_images: int  # all; retrieval uses them
-    num_labelled: int  # those with a diagnosis among the classes; zero-shot uses them
-    zero_shot: dict[str, Estimate]
-    retrieval: dict[str, Estimate]
-    chance: dict[str, float]  # by metric, where guessing has a value
-    per_class_recall: dict[str, Estimate]
-    confusion: NDArray[np.int64]
-    top_predictions: dict[int, list[tuple[str, float]]]  # position in the split -> the three most probable classes
-
-
-def diagnoses(*datasets: ShardedDataset) -> tuple[str, ...]:
-    """The class names of some splits, sorted."""
-    return tuple(sorted({name for data in datasets for name in data.manifest.samples_by_diagnosis} - {"unknown"}))
+_MODULES: dict[str, ModuleType] = {
+    "zero_shot": zero_shot,
+    "retrieval": retrieval,
+    "probe": probe,
+    "concepts": concepts,
+    "multiple_choice": multiple_choice,
+    "hierarchy": hierarchy,
+}
+_PACKAGES = ("dermvlp", "torch", "open_clip_torch", "timm", "transformers", "scikit-learn", "numpy")
 
 
-def evaluate(encoder: Encoder, data: ShardedDataset, classnames: Sequence[str], templates: Sequence[str]) -> Evaluation:
-    """Raises InputError when no sample has one of the classes as its diagnosis."""
-    samples = [data.read_sample(position) for position in range(len(data))]
-    image_ND = encoder.encode_images(data)
-    labelled = [position for position, sample in enumerate(samples) if sample.diagnosis in classnames]
-    if not labelled:
-        raise InputError(f"{data.directory}: no sample has one of the {len(classnames)} classes as its diagnosis")
-    classifier = zero_shot.build_classifier(encoder.encode_texts, classnames, templates)
-    labels = np.array([classnames.index(str(samples[position].diagnosis)) for position in labelled])
-    groups = [samples[position].group or samples[position].key for position in labelled]
-    features = image_ND[labelled]
-    zero_shot_metrics = zero_shot.zero_shot_metrics(features, labels, classifier, encoder.logit_scale, groups)
-    probabilities = zero_shot.probabilities(features, classifier, encoder.logit_scale)
-    predicted = probabilities.argmax(1)
-    retrieval_metrics, retrieval_chance = _retrieval(encoder, samples, image_ND)
-    top = zero_shot.top_predictions(probabilities, classnames)
-    return Evaluation(
-        classnames=tuple(classnames),
-        num_images=len(data),
-        num_labelled=len(labelled),
-        zero_shot=zero_shot_metrics,
-        retrieval=retrieval_metrics,
-        chance={**zero_shot.chance_levels(len(classnames)), **retrieval_chance},
-        per_class_recall=zero_shot.per_class_recall(labels, predicted, classnames, groups),
-        confusion=zero_shot.confusion_matrix(labels, predicted, len(classnames)),
-        top_predictions={position: list(top[i]) for i, position in enumerate(labelled)},
+def evaluate(
+    encoder: Encoder,
+    data: EvalSet,
+    out_dir: Path,
+    config: EvaluationConfig | None = None,
+    training_dirs: Sequence[Path] = (),
+    num_pictures: int = 8,
+) -> EvaluationResult:
+    """Every task of `config` that `data` has something for, into `out_dir` (see results.py); says what it does.
+
+    Features are kept in `out_dir`, so that an evaluation that was interrupted goes on, and one that is repeated with
+    other tasks encodes nothing again.
+
+    Args:
+        training_dirs: splits of shards that the model was trained on; images that they hold too are counted, and the
+            numbers given without them as well.
+        num_pictures: examples on the page for each of its galleries; 0: none.
+
+    Raises InputError where there is nothing for any task, another process evaluates into `out_dir`, or for bad data.
+    """
+    config = config or EvaluationConfig()
+    started = time.monotonic()
+    with lock(out_dir / ".lock", "another evaluation"), disk_errors(out_dir):
+        lines = [json.dumps(dict(row), ensure_ascii=False) for row in data.rejected]
+        write_atomically(out_dir / "rejected.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        left_out = _left_out(data, config)
+        overlap_N, leakage = None, None
+        if training_dirs:
+            cache_dir, num_workers = out_dir / "features", config.settings.num_workers
+            overlap_N, leakage = overlap(data, training_dirs, cache_dir, num_workers=num_workers)
+        given = TaskInput(
+            encoder=encoder,
+            data=data,
+            features=partial(_features, encoder, data, out_dir / "features", config),
+            overlap_N=overlap_N,
+            settings=config.settings,
+            out_dir=out_dir,
+        )
+        tasks = []
+        for task in config.tasks:
+            if task.kind not in left_out:
+                print(f"{task.kind} ...", flush=True)
+                tasks.append(_MODULES[task.kind].run(task, given))
+        result = EvaluationResult(
+            model=encoder.info,
+            dataset=_dataset_info(data),
+            tasks=tuple(tasks),
+            left_out=left_out,
+            leakage=leakage,
+            confidence=config.settings.confidence,
+            seconds=round(time.monotonic() - started, 1),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions={name: version(name) for name in _PACKAGES},
+        )
+        write_result(out_dir, result)
+        write_evaluation_report(out_dir, report_extras(given, num_pictures) if num_pictures else None)
+    return result
+
+
+def _left_out(data: EvalSet, config: EvaluationConfig) -> dict[str, str]:
+    """By task, why the data set has nothing for it."""
+    reasons = {
+        task.kind: hierarchy.lacks(data, task) if task.kind == "hierarchy" else _MODULES[task.kind].lacks(data)
+        for task in config.tasks
+    }
+    if all(reason is not None for reason in reasons.values()):
+        raise InputError(f"{data.name}: nothing to evaluate: " + "; ".join(f"{k}: {r}" for k, r in reasons.items()))
+    return {kind: reason for kind, reason in reasons.items() if reason is not None}
+
+
+def _features(encoder: Encoder, data: EvalSet, folder: Path, config: EvaluationConfig, layer: str) -> Floats:
+    return features(encoder, data, layer, folder, config.settings)
+
+
+def _dataset_info(data: EvalSet) -> DatasetInfo:
+    licences: dict[str, int] = {}
+    for row in data.rows:
+        licence = row.licence or "unknown"
+        licences[licence] = licences.get(licence, 0) + 1
+    return DatasetInfo(
+        name=data.name,
+        num_images=len(data.rows),
+        num_rejected=len(data.rejected),
+        licences=dict(sorted(licences.items())),
+        digest=data.digest,
+        notes=data.notes,
     )
 
 
-def _retrieval(
-    encoder: Encoder, samples: Sequence[Sample], image_ND: NDArray[np.float32]
-) -> tuple[dict[str, Estimate], dict[str, float]]:
-    """Images against the distinct whole captions; images with an equal caption all count as right."""
-    texts = sorted({sample.caption for sample in samples})
-    position = {text: i for i, text in enumerate(texts)}
-    owner_text = np.array([position[sample.caption] for sample in samples])
-    metrics = retrieval.retrieval_metrics(image_ND, encoder.encode_texts(texts), owner_text)
-    return metrics, retrieval.chance_levels(owner_text, len(texts))
+def print_result(result: EvaluationResult) -> None:
+    """A table a task: each metric with its interval and what guessing gives, and without the overlap where there is."""
+    model, dataset = result.model, result.dataset
+    print(f"\n{model.name} ({model.digest}) on {dataset.name}: {dataset.num_images} images", end="")
+    print(f", {dataset.num_rejected} rejected (rejected.jsonl)" if dataset.num_rejected else "")
+    for note in dataset.notes:
+        print(f"  note: {note}")
+    if result.leakage is not None:
+        leak = result.leakage
+        print(f"  also in the training data {leak.training_data}: {leak.num_same_pixels} with equal pixels, ", end="")
+        print(f"{leak.num_near} near copies" + (f"; {leak.num_without_hash} unknown" * bool(leak.num_without_hash)))
+    for task in result.tasks:
+        heading = f"{task.task} (ranked by {task.primary})"
+        print(f"\n{heading:44}{'value':>10} {f'{result.confidence:.0%} interval':18}{'n':>7}  chance", end="")
+        print("   without overlap" if task.without_overlap else "")
+        for name, metric in task.metrics.items():
+            chance = "" if metric.chance is None else f"{metric.chance:8.3f}"
+            without = _cell(task.without_overlap[name]) if name in task.without_overlap else ""
+            print(f"  {name:42}{_cell(metric)}{metric.n:>7}{chance:8}  {without}".rstrip())
+        for note in task.notes:
+            print(f"  note: {note}")
+    for task_name, reason in result.left_out.items():
+        print(f"\n{task_name}: left out: {reason}")
 
 
-def write_json(path: Path, evaluation: Evaluation) -> None:
-    numbers = {
-        "num_images": evaluation.num_images,
-        "num_labelled": evaluation.num_labelled,
-        "classnames": evaluation.classnames,
-        "zero_shot": {name: asdict(value) for name, value in evaluation.zero_shot.items()},
-        "retrieval": {name: asdict(value) for name, value in evaluation.retrieval.items()},
-        "chance": evaluation.chance,
-        "per_class_recall": {name: asdict(value) for name, value in evaluation.per_class_recall.items()},
-        "confusion": evaluation.confusion.tolist(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-
-
-def print_table(evaluation: Evaluation, before: Evaluation | None = None) -> None:
-    """One line a metric: its value with the interval, before training too where given, and what guessing gives."""
-    columns = ["before", "after"] if before else ["value"]
-    print(f"{'metric':28}" + "".join(f"{name:>10} {'95 % interval':17}" for name in columns) + "  chance")
-    for part in ("zero_shot", "retrieval"):
-        earlier = getattr(before, part) if before else {}
-        for name, value in getattr(evaluation, part).items():
-            chance = evaluation.chance.get(name)
-            shown = "" if chance is None else f"{chance:8.3f}"
-            print(f"{name:28}" + "".join(_cell(e) for e in ([earlier[name]] if before else []) + [value]) + shown)
-
-
-def _cell(estimate: Estimate) -> str:
-    return f"{estimate.value:10.3f} " + f"[{estimate.low:.3f}, {estimate.high:.3f}]".ljust(17)
+def _cell(metric: Metric) -> str:
+    if metric.value is None:
+        return f"{'undefined':>10} {'':18}"
+    interval = "" if metric.low is None or metric.high is None else f"[{metric.low:.3f}, {metric.high:.3f}]"
+    return f"{metric.value:10.3f} {interval:18}"

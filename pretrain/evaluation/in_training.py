@@ -24,19 +24,19 @@ from torch import Tensor
 from data_prep.errors import InputError
 from pretrain.config import TrainConfig, ValidationConfig
 from pretrain.data.batch import Batch
-from pretrain.data.manifest import ShardedDataset
+from pretrain.data.manifest import ShardedDataset, diagnoses
 from pretrain.data.reader import BatchDataset, ReaderSpec, read_batches
 from pretrain.data.texts import pack
 from pretrain.data.tokenize import TextTokenizer
 from pretrain.data.transforms import ImageTransform, decode
 from pretrain.distributed import comm
 from pretrain.evaluation import zero_shot
-from pretrain.evaluation.evaluate import TEMPLATES_PATH, diagnoses
 from pretrain.evaluation.retrieval import retrieval_metrics
 from pretrain.evaluation.statistics import Floats, balanced_accuracy
 from pretrain.models.build import build_tokenizer, eval_transform, image_px
 from pretrain.models.dual_encoder import Encoded
 from pretrain.objectives.base import Term
+from pretrain.prompts import TEMPLATES_PATH, load_templates
 from pretrain.train.cached import Parts, contrastive_terms
 from pretrain.train.metrics import reduce_terms
 from pretrain.train.state import build_reader
@@ -66,9 +66,20 @@ class _Validation:
         position = {caption: i for i, caption in enumerate(self._captions)}
         self._owner_text_N = np.array([position[sample.caption] for sample in samples])
         self._classnames = diagnoses(data)
-        self._templates = zero_shot.load_templates(TEMPLATES_PATH, validation.templates)
+        self._templates = load_templates(TEMPLATES_PATH, validation.templates)
         class_of = {name: i for i, name in enumerate(self._classnames)}
         self._label_N = np.array([class_of.get(str(sample.diagnosis), -1) for sample in samples])
+        self._check_best_by(config.checkpoint.best_by, validation)
+
+    def _check_best_by(self, best_by: str, validation: ValidationConfig) -> None:
+        """Now, and not hours later at the first validation."""
+        if best_by != "loss" and not self._trainer.contrastive:
+            raise InputError(f"checkpoint.best_by: {best_by}: without a contrastive term there is the loss alone")
+        if best_by == "zero_shot" and not (self._label_N >= 0).any():
+            raise InputError(
+                f"checkpoint.best_by: zero_shot: no sample of {validation.val_dir} that is used has a diagnosis; take "
+                "loss or retrieval, or another split"
+            )
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:

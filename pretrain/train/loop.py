@@ -40,6 +40,13 @@ from pretrain.train.trainer import Trainer, Validator
 
 MakeValidator = Callable[[Trainer, TrainConfig], Validator | None]
 
+#: by checkpoint.best_by: the validation's value, and whether more of it is better
+_BEST_BY = {
+    "loss": ("val/loss", -1),
+    "retrieval": ("val/retrieval/mean_recall", 1),
+    "zero_shot": ("val/zero_shot/balanced_accuracy", 1),
+}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -169,14 +176,15 @@ class _Run:
         self.log.advance(done)
 
     def _forget_best_of_another_validation(self) -> None:
-        """Losses over other samples, or in other batches, cannot be compared."""
+        """Values over other samples, or in other batches, cannot be compared."""
         validation = self.config.validation
         if validation is None:
             return
         digest = ShardedDataset(validation.val_dir).digest
-        own = f"{digest}, {validation.max_num_samples} samples, {comm.world_size()} ranks"
+        by = self.config.checkpoint.best_by
+        own = f"{by}, {digest}, {validation.max_num_samples} samples, {comm.world_size()} ranks"
         if self.record.best_of != own:
-            self.record.best_of, self.record.best_step, self.record.best_loss = own, None, None
+            self.record.best_of, self.record.best_step, self.record.best_value = own, None, None
 
     def _validate(self, done: int) -> None:
         """Where it is due; a new best is saved, or noted in the checkpoint of this step."""
@@ -189,9 +197,10 @@ class _Run:
             self.log.write_validation(done, values)
             self.window = _Window(done)
             _plot(self.config.run_dir)
-            best = self.record.best_loss
-            if math.isfinite(values["val/loss"]) and (best is None or values["val/loss"] < best):
-                self.record.best_step, self.record.best_loss = done, values["val/loss"]
+            name, sign = _BEST_BY[self.config.checkpoint.best_by]
+            best, value = self.record.best_value, values[name]
+            if math.isfinite(value) and (best is None or sign * value > sign * best):
+                self.record.best_step, self.record.best_value = done, value
                 if self.saved_step == done:
                     update_record(self.config.run_dir, self.record)
                 elif self.config.checkpoint.keep_best:

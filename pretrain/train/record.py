@@ -13,8 +13,8 @@ class RunRecord:
     recent_losses: list[float] = field(default_factory=list)
     #: steps whose batch was passed over (see BadStepConfig), ascending
     passed_over: list[int] = field(default_factory=list)
-    best_step: int | None = None  # of the lowest validation loss
-    best_loss: float | None = None
+    best_step: int | None = None  # in the sense of checkpoint.best_by
+    best_value: float | None = None
     best_of: str = ""  # the validation that it is the best of
     order_of: str = ""  # what the streaming mode's sample order depends on beside seed and data
 

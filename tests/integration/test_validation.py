@@ -17,11 +17,14 @@ from data_prep.errors import InputError
 from pretrain.cli import main
 from pretrain.config import TrainConfig
 from pretrain.data.manifest import ShardedDataset
-from pretrain.evaluation.embed import load_encoder
+from pretrain.evaluation.encoders import load_encoder
+from pretrain.evaluation.features import shard_features
 from pretrain.evaluation.in_training import make_validator
+from pretrain.evaluation.results import read_result
 from pretrain.train.curves import loss_curves
 from pretrain.train.loop import train
 from pretrain.train.metrics import read_metrics
+from pretrain.train.retention import list_checkpoints, step_of
 from pretrain.train.state import build_trainer
 from pretrain.train.trainer import Trainer
 from tests.integration.conftest import val_dir, write_config
@@ -59,18 +62,42 @@ def test_equals_the_evaluation_of_the_checkpoint(run_config: dict[str, Any], tmp
     assert list(found[0]) == ["step", *(f"val/{name}" for name in names)]
     for values in found:
         checkpoint = run_dir / "checkpoints" / f"step-{values['step']:08d}"
-        out = tmp_path / "evaluation.json"
-        assert main(["evaluate", str(checkpoint), "--data", val_dir(run_config), "--out", str(out)]) == 0
-        expected = json.loads(out.read_text())
-        assert values["val/retrieval/mean_recall"] == expected["retrieval"]["mean_recall"]["value"]
-        accuracy = expected["zero_shot"]["balanced_accuracy"]["value"]
+        out = tmp_path / checkpoint.name
+        tasks = ["--set", "tasks=[{kind: zero_shot}, {kind: retrieval, ks: [1, 5, 10]}]"]
+        tasks += ["--set", "settings.num_workers=0"]
+        assert main(["evaluate", str(checkpoint), "--data", val_dir(run_config), "--out", str(out), *tasks]) == 0
+        classified, retrieved = read_result(out).tasks
+        assert values["val/retrieval/mean_recall"] == retrieved.metrics["mean_recall"].value
+        accuracy = classified.metrics["balanced_accuracy"].value
         assert values["val/zero_shot/balanced_accuracy"] == pytest.approx(accuracy, abs=1e-12)
     assert found[0]["val/loss"] != found[1]["val/loss"]
     curves = loss_curves(run_dir)
     assert [step for step, _ in curves["val/loss"]] == [3, 6] and len(curves["clip"]) == 6
     record = json.loads((run_dir / "checkpoints" / "step-00000006" / "meta.json").read_text())["record"]
     best = min(found, key=lambda values: values["val/loss"])
-    assert (record["best_step"], record["best_loss"]) == (best["step"], best["val/loss"])
+    assert (record["best_step"], record["best_value"]) == (best["step"], best["val/loss"])
+
+
+@pytest.mark.parametrize("best_by", ["retrieval", "zero_shot"])
+def test_the_best_checkpoint_by_another_measure(run_config: dict[str, Any], tmp_path: Path, best_by: str) -> None:
+    """A validation after every step, whose values rise and fall; all but the best and the last are removed."""
+    run_config |= {"num_steps": 4, "optimizer": {"warmup_steps": 1, "lr": 0.01}}
+    run_config |= {"checkpoint": {"every": 4, "keep_last": 1, "best_by": best_by}}
+    train(TrainConfig.model_validate(with_validation(run_config, every=1)), make_validator)
+    name = {"retrieval": "val/retrieval/mean_recall", "zero_shot": "val/zero_shot/balanced_accuracy"}[best_by]
+    found = validations(run_config["run_dir"])
+    best = max(found, key=lambda values: values[name])  # the first of equal ones
+    kept = {step_of(path) for path in list_checkpoints(Path(run_config["run_dir"]))}
+    assert kept == {best["step"], 4}
+
+
+def test_a_measure_that_the_split_cannot_give_is_refused_at_once(run_config: dict[str, Any]) -> None:
+    run_config |= {
+        "checkpoint": {"best_by": "zero_shot"},
+        "objectives": [o for o in run_config["objectives"] if o["kind"] == "masked_latent"],
+    }
+    with pytest.raises(InputError, match=r"checkpoint.best_by: zero_shot: without a contrastive term"):
+        values_of(run_config)
 
 
 def test_the_loss_is_that_of_the_objective_over_batches_spread_over_the_split(
@@ -84,7 +111,7 @@ def test_the_loss_is_that_of_the_objective_over_batches_spread_over_the_split(
     (values,) = validations(run_config["run_dir"])
     encoder, data = load_encoder(Path(run_config["run_dir"])), ShardedDataset(val_dir(run_config))
     captions = [[("caption", data.read_sample(position).caption)] for position in range(len(data))]
-    image_ND = torch.from_numpy(encoder.encode_images(data)).double()
+    image_ND = torch.from_numpy(shard_features(encoder, data)).double()
     texts = sorted({text for image in captions for _, text in image})
     text = dict(zip(texts, torch.from_numpy(encoder.encode_texts(texts)).double(), strict=True))
     expected = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pretrain.evaluation.results import read_result
 from tests.integration.conftest import write_config
 from tests.integration.tables import plain_rows, samples, write_table
 from tests.slurm.cluster import Cluster, running_cluster, why_not
@@ -106,8 +106,10 @@ def test_from_a_table_to_numbers(
     assert len(list(submit_dir.glob("dermvlp-captions-*.server.out"))) == NUM_PARTS
 
     assert [path.name for path in sorted((submit_dir / "runs/made/checkpoints").iterdir())][-1] == "step-00000004"
-    numbers = {path.name: json.loads(path.read_text()) for path in (submit_dir / "runs/made/evaluation").iterdir()}
-    assert numbers["out-val.json"]["num_images"] + numbers["out-train.json"]["num_images"] == NUM_ROWS
+    results = [read_result(submit_dir / "runs/made/evaluations" / name) for name in ("out-val", "out-train")]
+    assert sum(result.dataset.num_images for result in results) == NUM_ROWS
+    overlaps = [result.leakage.num_overlap for result in results if result.leakage is not None]
+    assert overlaps == [0, results[1].dataset.num_images]
 
 
 def captions(submit_dir: Path, server: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -169,4 +171,4 @@ def test_a_line_that_is_missing_or_short_is_named(submit_dir: Path, line: str) -
     command = ["bash", "slurm/evaluate_array.sbatch", "list.tsv"]
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "0"}
     done = subprocess.run(command, cwd=submit_dir, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "list.tsv: line 1 is not RUN, DATA and OUT" in done.stderr
+    assert done.returncode == 2 and "list.tsv: line 1 is not MODEL, DATA and OUT" in done.stderr

@@ -27,6 +27,7 @@ from pretrain.distributed.engine_deepspeed import check_further_options
 from pretrain.models.build import build_tokenizer, check_quick_gelu
 from pretrain.models.open_clip_config import resolved_spec
 from pretrain.models.weights import needs_download, weights_file
+from pretrain.prompts import TEMPLATES_PATH, load_templates
 from pretrain.train.checkpoint import find_resumable
 from pretrain.train.preflight.towers import Towers, build_towers, is_at_hand, tower_weights
 from pretrain.train.state import aspects_read, check_bucket_edges, check_soft_targets, num_parts, with_num_steps
@@ -109,7 +110,12 @@ def check_run(config: TrainConfig, num_ranks: int, folder: Path) -> Findings:
 def _check_data(config: TrainConfig, found: Findings) -> None:
     found.data = _open_split(config.data.train_dir, "data.train_dir", found, with_tars=config.data.stream is None)
     if config.validation is not None:
+        templates = config.validation.templates
         _open_split(config.validation.val_dir, "validation.val_dir", found)
+        try:
+            load_templates(TEMPLATES_PATH, templates)
+        except InputError as error:
+            found.refuse(f"validation.templates: {error}")
     if config.data.stream is not None and found.data is not None:
         data = found.data
         found.tried(lambda: check_stream(data, config.data, config.global_batch_size, found.num_ranks))

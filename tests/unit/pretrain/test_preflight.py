@@ -15,6 +15,7 @@ from data_prep.schema import MAX_CAPTIONS
 from pretrain.config import EngineConfig, LocalAlignmentObjective, MultiAspectObjective, TrainConfig
 from pretrain.data.batch import PackedTexts
 from pretrain.data.manifest import ShardedDataset
+from pretrain.deepspeed_options import REDUCE_BUCKET_SIZE
 from pretrain.models.build import build_tokenizer
 from pretrain.train.preflight.captions import TermSize, caption_figures, token_figures
 from pretrain.train.preflight.checks import Findings, check_run
@@ -169,7 +170,9 @@ def test_state_by_stage_of_a_billion_parameters() -> None:
         parts = state_bytes(billion, 0, engine, 64, stage)
         assert sum(parts[name] for name in ("weights", "gradients", "masters", "moments")) / 1e9 == pytest.approx(gb)
         assert parts["fp32 gradients"] == (4 * 10**9 if stage == 0 else 4 * 10**9 // 64)
-        assert parts["bucket"] == (0 if stage == 0 else 10**9) and parts["gathered"] == (2 * 10**9 if stage == 3 else 0)
+        assert parts["bucket"] == (0 if stage == 0 else 2 * REDUCE_BUCKET_SIZE) and parts["gathered"] == (
+            2 * 10**9 if stage == 3 else 0
+        )
 
 
 def test_frozen_weights_teacher_and_offload() -> None:
@@ -310,15 +313,21 @@ def test_all_problems_at_once(config: TrainConfig, tmp_path: Path) -> None:
         micro_batch_size=3,
         trackers=["wandb", "trackio"],
         data__text_bucket_edges=[4096],
-        validation={"val_dir": "no/val"},
+        validation={"val_dir": "no/val", "templates": "x"},
     )
     found = look(bad, tmp_path)
-    beginnings = ["data.train_dir", "validation.val_dir", "micro_batch_size", "objectives.masked_latent"]
+    beginnings = [
+        "data.train_dir",
+        "validation.val_dir",
+        "validation.templates",
+        "micro_batch_size",
+        "objectives.masked_latent",
+    ]
     beginnings += ["data.text_bucket_edges", "trackers: wandb", "trackers: trackio"]
     assert len(found.problems) == len(beginnings)
     for problem, beginning in zip(found.problems, beginnings, strict=True):
         assert problem.startswith(beginning)
-    with pytest.raises(ValueError, match=r"7 problems:\n  - data\.train_dir"):
+    with pytest.raises(ValueError, match=r"8 problems:\n  - data\.train_dir"):
         found.raise_if_any()
 
 

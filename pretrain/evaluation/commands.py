@@ -1,0 +1,172 @@
+"""`dermvlp evaluate`, `compare`, `embed` and `annotate`: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.errors import InputError
+
+if TYPE_CHECKING:
+    from pretrain.evaluation.config import EvaluationConfig
+
+# Each command imports what it needs.
+
+_MODEL = "a run, a checkpoint, an exported folder, local-dir:FOLDER, hf-hub:ORG/NAME or open_clip's NAME/WEIGHTS"
+_DATA = "a description (.yaml, see configs/eval/datasets/), a split of shards, a folder of images, tars, or a table"
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    evaluate = add("evaluate", _evaluate, "a model on a data set: zero-shot, retrieval, probe, concepts, questions")
+    evaluate.add_argument("model", help=_MODEL)
+    evaluate.add_argument("--data", required=True, help=_DATA)
+    evaluate.add_argument("--out", type=Path, help="folder; by default evaluations/DATA in the run's, or here")
+    evaluate.add_argument("--config", type=Path, help="YAML of tasks and settings; by default all tasks")
+    evaluate.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="in that config")
+    evaluate.add_argument("--tasks", help="these only, separated by commas: zero_shot,retrieval,...")
+    evaluate.add_argument(
+        "--training-data",
+        type=Path,
+        action="append",
+        help="a split that the model was trained on, to find its images in the data set; a run of ours knows its own",
+    )
+    evaluate.add_argument(
+        "--classnames-of", type=Path, action="append", default=[], help="a split whose diagnoses are classes too"
+    )
+    compare = add("compare", _compare, "several evaluations on one page, with paired differences and ranks")
+    compare.add_argument("folders", type=Path, nargs="+", help="folders that `dermvlp evaluate` wrote")
+    compare.add_argument("--out", type=Path, default=Path("comparison.html"))
+    embed = add("embed", _embed, "features of images into a table; goes on where it was interrupted")
+    embed.add_argument("model", help=_MODEL)
+    embed.add_argument("data", help=_DATA)
+    embed.add_argument("--out", type=Path, required=True, help="FILE.parquet or FILE.npy")
+    embed.add_argument("--layer", default="joint", help="joint, tower, or block.N")
+    embed.add_argument("--batch-size", type=int, default=64)
+    embed.add_argument("--num-workers", type=int, default=2)
+    annotate = add("annotate", _annotate, "scores of clinical concepts for each image, as a CSV")
+    annotate.add_argument("model", help=_MODEL)
+    annotate.add_argument("data", help=_DATA)
+    annotate.add_argument("--out", type=Path, required=True, help="FILE.csv")
+    annotate.add_argument("--terms", type=Path, help="JSON, {concept: [synonym, ...]}; see configs/eval/concepts.json")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from data_prep.config import load_config, make_config
+    from pretrain.evaluation.config import EvaluationConfig
+    from pretrain.evaluation.datasets import open_data
+    from pretrain.evaluation.encoders import load_encoder
+    from pretrain.evaluation.evaluate import evaluate, print_result
+    from pretrain.evaluation.report_evaluation import REPORT_NAME
+
+    overrides = arguments.set
+    if arguments.config is None:
+        config = make_config({}, overrides, EvaluationConfig, Path("the tasks"))
+    else:
+        config = load_config(arguments.config, overrides, EvaluationConfig)
+    if arguments.tasks is not None:
+        config = _only(config, arguments.tasks.split(","))
+    data = open_data(arguments.data, _classnames(arguments.data, arguments.classnames_of))
+    out_dir = arguments.out or _out_dir(arguments.model, data.name)
+    training_dirs = arguments.training_data or _own_training_dirs(arguments.model)
+    result = evaluate(load_encoder(arguments.model), data, out_dir, config, training_dirs)
+    print_result(result)
+    print(f"\n{out_dir / REPORT_NAME}")
+    return 0
+
+
+def _only(config: EvaluationConfig, kinds: Sequence[str]) -> EvaluationConfig:
+    from pretrain.evaluation.config import TASKS, EvaluationConfig
+
+    unknown = [kind for kind in kinds if kind not in TASKS]
+    if unknown:
+        raise InputError(f"--tasks: no task {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    given = {task.kind: task for task in config.tasks}
+    chosen = [given[kind] if kind in given else TASKS[kind]() for kind in kinds]
+    return EvaluationConfig.model_validate({"tasks": chosen, "settings": config.settings})
+
+
+def _classnames(data: str, others: Sequence[Path]) -> list[str]:
+    """An override of the description, where other splits bring classes."""
+    import json
+
+    from pretrain.data.manifest import ShardedDataset, diagnoses
+
+    if not others:
+        return []
+    return [f"classnames={json.dumps(diagnoses(*map(ShardedDataset, [Path(data), *others])))}"]
+
+
+def _run_of(model: str) -> Path | None:
+    """The folder of a run of ours, where the model is one of its checkpoints or the run itself."""
+    path = Path(model)
+    for folder in (path, path.parent.parent):
+        if (folder / "checkpoints").is_dir():
+            return folder
+    return None
+
+
+def _out_dir(model: str, data: str) -> Path:
+    run_dir = _run_of(model)
+    if run_dir is not None:
+        return run_dir / "evaluations" / data
+    return Path("evaluations") / re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") / data
+
+
+def _own_training_dirs(model: str) -> list[Path]:
+    """The split that a run was trained on, where it is still there with its hashes; says where it is not."""
+    from pretrain.evaluation.encoders import find_checkpoint
+    from pretrain.train.checkpoint import checkpoint_config
+
+    if _run_of(model) is None:
+        return []
+    train_dir = checkpoint_config(find_checkpoint(Path(model))).data.train_dir
+    if (train_dir / "image_hashes.npy").is_file():
+        return [train_dir]
+    print(f"not compared with the training data: {train_dir} is not there; name it with --training-data")
+    return []
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from data_prep.files import write_atomically
+    from pretrain.evaluation.compare import compare
+    from pretrain.evaluation.report_comparison import write_comparison
+
+    comparison = compare(arguments.folders)
+    numbers = arguments.out.with_suffix(".json")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(numbers, comparison.model_dump_json(indent=1).encode())
+    print(f"{write_comparison(arguments.out, comparison)}, {numbers}")
+    return 0
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from pretrain.evaluation.datasets import open_data
+    from pretrain.evaluation.embed import embed, rejected_path, settings_of
+    from pretrain.evaluation.encoders import load_encoder
+
+    settings = settings_of(arguments.batch_size, arguments.num_workers)
+    encoder, data = load_encoder(arguments.model), open_data(arguments.data)
+    info = embed(encoder, data, arguments.out, arguments.layer, settings)
+    print(f"{arguments.out}: {info.num_images} images, {info.width} features of layer {info.layer}")
+    if info.num_rejected:
+        print(f"{rejected_path(arguments.out)}: {info.num_rejected} rows and images that could not be used")
+    return 0
+
+
+def _annotate(arguments: argparse.Namespace) -> int:
+    from pretrain.evaluation.concepts import annotate_rows
+    from pretrain.evaluation.config import EvaluationSettings
+    from pretrain.evaluation.datasets import open_data
+    from pretrain.evaluation.encoders import load_encoder
+    from pretrain.evaluation.features import features
+    from pretrain.evaluation.interfaces import JOINT
+
+    encoder, data = load_encoder(arguments.model), open_data(arguments.data)
+    folder = arguments.out.with_name(f"{arguments.out.name}.features")
+    image_ND = features(encoder, data, JOINT, folder, EvaluationSettings())
+    annotate_rows(encoder, data.rows, image_ND, arguments.out, arguments.terms)
+    print(f"{arguments.out}: {len(data.rows)} images")
+    return 0
