@@ -26,6 +26,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--out", type=Path, help="folder; by default evaluations/DATA in the run's, or here")
     evaluate.add_argument("--config", type=Path, help="YAML of tasks and settings; by default all tasks")
     evaluate.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="in that config")
+    _add_set_data(evaluate)
     evaluate.add_argument("--tasks", help="these only, separated by commas: zero_shot,retrieval,...")
     evaluate.add_argument(
         "--training-data",
@@ -44,13 +45,24 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     embed.add_argument("data", help=_DATA)
     embed.add_argument("--out", type=Path, required=True, help="FILE.parquet or FILE.npy")
     embed.add_argument("--layer", default="joint", help="joint, tower, or block.N")
-    embed.add_argument("--batch-size", type=int, default=64)
-    embed.add_argument("--num-workers", type=int, default=2)
+    _add_reading(embed)
     annotate = add("annotate", _annotate, "scores of clinical concepts for each image, as a CSV")
     annotate.add_argument("model", help=_MODEL)
     annotate.add_argument("data", help=_DATA)
     annotate.add_argument("--out", type=Path, required=True, help="FILE.csv")
+    _add_reading(annotate)
     annotate.add_argument("--terms", type=Path, help="JSON, {concept: [synonym, ...]}; see configs/eval/concepts.json")
+
+
+def _add_set_data(command: argparse.ArgumentParser) -> None:
+    text = "in the data set's description, also where there is no YAML: docs/evaluation_data.md"
+    command.add_argument("--set-data", action="append", default=[], metavar="KEY.PATH=VALUE", help=text)
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    _add_set_data(command)
+    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -68,7 +80,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         config = load_config(arguments.config, overrides, EvaluationConfig)
     if arguments.tasks is not None:
         config = _only(config, arguments.tasks.split(","))
-    data = open_data(arguments.data, _classnames(arguments.data, arguments.classnames_of))
+    of_splits = _classnames(arguments.data, arguments.classnames_of)
+    data = open_data(arguments.data, [*of_splits, *arguments.set_data])
     out_dir = arguments.out or _out_dir(arguments.model, data.name)
     training_dirs = arguments.training_data or _own_training_dirs(arguments.model)
     result = evaluate(load_encoder(arguments.model), data, out_dir, config, training_dirs)
@@ -102,10 +115,9 @@ def _classnames(data: str, others: Sequence[Path]) -> list[str]:
 def _run_of(model: str) -> Path | None:
     """The folder of a run of ours, where the model is one of its checkpoints or the run itself."""
     path = Path(model)
-    for folder in (path, path.parent.parent):
-        if (folder / "checkpoints").is_dir():
-            return folder
-    return None
+    if (path / "checkpoints").is_dir():
+        return path
+    return path.parent.parent if path.is_dir() and path.parent.name == "checkpoints" else None
 
 
 def _out_dir(model: str, data: str) -> Path:
@@ -148,7 +160,7 @@ def _embed(arguments: argparse.Namespace) -> int:
     from pretrain.evaluation.encoders import load_encoder
 
     settings = settings_of(arguments.batch_size, arguments.num_workers)
-    encoder, data = load_encoder(arguments.model), open_data(arguments.data)
+    encoder, data = load_encoder(arguments.model), open_data(arguments.data, arguments.set_data)
     info = embed(encoder, data, arguments.out, arguments.layer, settings)
     print(f"{arguments.out}: {info.num_images} images, {info.width} features of layer {info.layer}")
     if info.num_rejected:
@@ -158,15 +170,21 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 def _annotate(arguments: argparse.Namespace) -> int:
     from pretrain.evaluation.concepts import annotate_rows
-    from pretrain.evaluation.config import EvaluationSettings
     from pretrain.evaluation.datasets import open_data
+    from pretrain.evaluation.embed import rejected_path, settings_of, write_rejected
     from pretrain.evaluation.encoders import load_encoder
     from pretrain.evaluation.features import features
     from pretrain.evaluation.interfaces import JOINT
 
-    encoder, data = load_encoder(arguments.model), open_data(arguments.data)
+    if arguments.out.suffix != ".csv":
+        raise InputError(f"--out {arguments.out}: expected a name that ends in .csv")
+    encoder, data = load_encoder(arguments.model), open_data(arguments.data, arguments.set_data)
     folder = arguments.out.with_name(f"{arguments.out.name}.features")
-    image_ND = features(encoder, data, JOINT, folder, EvaluationSettings())
+    settings = settings_of(arguments.batch_size, arguments.num_workers)
+    image_ND = features(encoder, data, JOINT, folder, settings)
     annotate_rows(encoder, data.rows, image_ND, arguments.out, arguments.terms)
-    print(f"{arguments.out}: {len(data.rows)} images")
+    write_rejected(arguments.out, data.rejected)
+    print(f"{arguments.out}: {len(data.rows)} images; their features are in {folder}")
+    if data.rejected:
+        print(f"{rejected_path(arguments.out)}: {len(data.rejected)} rows that could not be used")
     return 0

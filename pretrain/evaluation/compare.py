@@ -28,6 +28,9 @@ from pretrain.evaluation.results import (
 )
 from pretrain.evaluation.significance import holm, paired_difference, rank_models
 
+#: settings of tasks
+_OF_THE_QUESTION = ("templates", "template_texts", "ks", "layer", "ontology", "text_of_an_option")
+
 
 class ComparedModel(Frozen):
     label: str  # its name; with a part of its digest where two have the same
@@ -216,13 +219,16 @@ def _differences(
         if mine.primary != theirs.primary or my_rows.what != their_rows.what:
             notes.append(f"{where} have different classes, seeds or primary metrics; no paired difference.")
             continue
-        notes += [
-            f"{where} differ in {name}: {mine.settings[name]} and {theirs.settings.get(name)}."
-            for name, value in mine.settings.items()
-            if isinstance(value, str) and theirs.settings.get(name) != value
-        ]
+        if differing := _differing_settings(mine, theirs):
+            notes.append(f"{where} have different {', '.join(differing)}; no paired difference.")
+            continue
         found.append(_difference(where, first, second, mine, (my_rows, their_rows), tests, notes))
     return found
+
+
+def _differing_settings(mine: TaskResult, theirs: TaskResult) -> list[str]:
+    """What makes two values answers to different questions."""
+    return [name for name in _OF_THE_QUESTION if mine.settings.get(name) != theirs.settings.get(name)]
 
 
 def _difference(
@@ -290,10 +296,11 @@ def _ranks(task: str, entries: Sequence[Entry], labels: Sequence[str], notes: li
         done = [result for label in labels if (result := results.get((dataset, label))) is not None]
         primaries = {result.primary for result in done}
         metrics = [result.metrics[result.primary] for result in done]
-        if len(done) == len(labels) and len(primaries) == 1 and all(metric.value is not None for metric in metrics):
+        is_one_question = len(primaries) == 1 and not any(_differing_settings(done[0], other) for other in done[1:])
+        if len(done) == len(labels) and is_one_question and all(metric.value is not None for metric in metrics):
             columns[dataset] = (primaries.pop(), metrics)
         elif done:
-            notes.append(f"{task}: {dataset} is not among the ranks, since not every model has a value there.")
+            notes.append(f"{task}: {dataset} is not among the ranks: not every model has a value by the same settings.")
     if len(columns) < 2:
         return None
     values_MS = np.array([[float(metric.value or 0) for metric in metrics] for _, metrics in columns.values()]).T

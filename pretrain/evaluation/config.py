@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from data_prep.schema import Frozen
 
@@ -81,7 +81,7 @@ class EvaluationSettings(Frozen):
     num_workers: Annotated[int, Field(ge=0)] = 2  # decode images
     num_resamples: PositiveInt = 1000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     min_group_size: PositiveInt = 20  # smaller groups are shown, and are never called the worst
 
 
@@ -97,6 +97,14 @@ class EvaluationConfig(Frozen):
         HierarchyTask(),
     )
     settings: EvaluationSettings = EvaluationSettings()
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _by_kind(cls, tasks: object) -> object:
+        """Also as {kind: {option: value}}: these tasks alone."""
+        if isinstance(tasks, dict):
+            return [{"kind": kind, **(options or {})} for kind, options in tasks.items()]
+        return tasks
 
     @model_validator(mode="after")
     def _each_task_once(self) -> Self:

@@ -51,8 +51,7 @@ def embed(
         num_images, width = shape_of(outcome)
         rejected = [*data.rejected, *_undecodable(outcome, data)]
         info = wanted.model_copy(update={"num_images": num_images, "num_rejected": len(rejected), "width": width})
-        lines = [json.dumps(dict(row), ensure_ascii=False) for row in rejected]
-        write_atomically(rejected_path(out), "".join(f"{line}\n" for line in lines).encode())
+        write_rejected(out, rejected)
         write_table(out, chunks, [row.key for row in data.rows], info)
     shutil.rmtree(parts_dir)
     return info
@@ -65,6 +64,11 @@ def settings_of(batch_size: int, num_workers: int) -> EvaluationSettings:
             f"--batch-size {batch_size} --num-workers {num_workers}: at least 1 image, at least 0 processes"
         )
     return EvaluationSettings(batch_size=batch_size, num_workers=num_workers)
+
+
+def write_rejected(out: Path, rejected: Sequence[Mapping[str, str]]) -> None:
+    lines = [json.dumps(dict(row), ensure_ascii=False) for row in rejected]
+    write_atomically(rejected_path(out), "".join(f"{line}\n" for line in lines).encode())
 
 
 def rejected_path(out: Path) -> Path:

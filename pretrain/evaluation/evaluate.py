@@ -20,7 +20,15 @@ from pretrain.evaluation.interfaces import Encoder, TaskInput
 from pretrain.evaluation.leakage import overlap
 from pretrain.evaluation.report_evaluation import write_evaluation_report
 from pretrain.evaluation.report_extras import report_extras
-from pretrain.evaluation.results import DatasetInfo, EvaluationResult, Metric, write_result
+from pretrain.evaluation.results import (
+    RESULT_NAME,
+    DatasetInfo,
+    EvaluationResult,
+    Metric,
+    TaskResult,
+    read_result,
+    write_result,
+)
 from pretrain.evaluation.statistics import Floats
 from pretrain.evaluation.tasks import concepts, hierarchy, multiple_choice, probe, retrieval, zero_shot
 
@@ -58,6 +66,7 @@ def evaluate(
     config = config or EvaluationConfig()
     started = time.monotonic()
     with lock(out_dir / ".lock", "another evaluation"), disk_errors(out_dir):
+        earlier = _earlier_tasks(encoder, data, out_dir, config)
         lines = [json.dumps(dict(row), ensure_ascii=False) for row in data.rejected]
         write_atomically(out_dir / "rejected.jsonl", "".join(f"{line}\n" for line in lines).encode())
         left_out = _left_out(data, config)
@@ -77,11 +86,16 @@ def evaluate(
         for task in config.tasks:
             if task.kind not in left_out:
                 print(f"{task.kind} ...", flush=True)
-                tasks.append(_MODULES[task.kind].run(task, given))
+                try:
+                    tasks.append(_MODULES[task.kind].run(task, given))
+                except InputError as error:  # the others' numbers stay
+                    left_out[task.kind] = str(error)
+        if not tasks:
+            raise InputError("; ".join(f"{kind}: {reason}" for kind, reason in left_out.items()))
         result = EvaluationResult(
             model=encoder.info,
             dataset=_dataset_info(data),
-            tasks=tuple(tasks),
+            tasks=tuple(sorted([*tasks, *earlier], key=lambda task: list(_MODULES).index(task.task))),
             left_out=left_out,
             leakage=leakage,
             confidence=config.settings.confidence,
@@ -92,6 +106,23 @@ def evaluate(
         write_result(out_dir, result)
         write_evaluation_report(out_dir, report_extras(given, num_pictures) if num_pictures else None)
     return result
+
+
+def _earlier_tasks(encoder: Encoder, data: EvalSet, out_dir: Path, config: EvaluationConfig) -> list[TaskResult]:
+    """What an evaluation of the same model on the same data left here, of the tasks that are not done now."""
+    if not (out_dir / RESULT_NAME).is_file():
+        return []
+    found = read_result(out_dir)
+    if found.dataset.digest != data.digest:
+        raise InputError(
+            f"{out_dir}: holds numbers of {found.model.name} on another data set ({found.dataset.name}, "
+            f"{found.dataset.digest}; now {data.name}, {data.digest}); choose another --out, or remove it"
+        )
+    if found.model.digest != encoder.info.digest or found.confidence != config.settings.confidence:
+        print(f"{out_dir}: replaces the numbers of {found.model.name} ({found.model.digest}) that were here")
+        return []
+    now = {task.kind for task in config.tasks}
+    return [task for task in found.tasks if task.task not in now]
 
 
 def _left_out(data: EvalSet, config: EvaluationConfig) -> dict[str, str]:
@@ -135,13 +166,17 @@ def print_result(result: EvaluationResult) -> None:
         leak = result.leakage
         print(f"  also in the training data {leak.training_data}: {leak.num_same_pixels} with equal pixels, ", end="")
         print(f"{leak.num_near} near copies" + (f"; {leak.num_without_hash} unknown" * bool(leak.num_without_hash)))
+    else:
+        print("  not compared with the training data (--training-data SPLIT): images may have been trained on")
     for task in result.tasks:
         heading = f"{task.task} (ranked by {task.primary})"
         print(f"\n{heading:44}{'value':>10} {f'{result.confidence:.0%} interval':18}{'n':>7}  chance", end="")
         print("   without overlap" if task.without_overlap else "")
         for name, metric in task.metrics.items():
             chance = "" if metric.chance is None else f"{metric.chance:8.3f}"
-            without = _cell(task.without_overlap[name]) if name in task.without_overlap else ""
+            without = ""
+            if (rest := task.without_overlap.get(name)) is not None:
+                without = f"{_cell(rest)} n {rest.n}"
             print(f"  {name:42}{_cell(metric)}{metric.n:>7}{chance:8}  {without}".rstrip())
         for note in task.notes:
             print(f"  note: {note}")

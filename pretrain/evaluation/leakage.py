@@ -64,6 +64,7 @@ def overlap(
     tested_N = np.array([not row.is_train for row in data.rows])
     return same_N | near_N, Leakage(
         training_data=", ".join(_name(manifest) for manifest in manifests),
+        num_compared=int(tested_N.sum()),
         num_same_pixels=int((same_N & tested_N).sum()),
         num_near=int((near_N & ~same_N & tested_N).sum()),
         num_without_hash=int((unknown_N & tested_N).sum()),

@@ -88,7 +88,8 @@ def _retrieval(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | No
     rank_N = _floats(path, rows, 3)
     found_N = np.mean([rank_N <= k for k in ks], axis=0)
     direction_N = _codes(path, rows, 0, directions)
-    return path, PairedRows(_keys(rows, 0, 1), _patients(rows, 2), direction_N, found_N, _mean_of_kinds, directions)
+    what = (*directions, *map(str, sorted(ks)))
+    return path, PairedRows(_keys(rows, 0, 1), _patients(rows, 2), direction_N, found_N, _mean_of_kinds, what)
 
 
 def _probe(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:

@@ -169,14 +169,14 @@ def _leakage(comparison: Comparison) -> list[str]:
     """A sentence for each model and set where training data hold images of the set, or were not compared."""
     sentences = []
     for entry in comparison.entries:
-        leakage, num_images = entry.result.leakage, entry.result.dataset.num_images
+        leakage = entry.result.leakage
         where = f"{entry.model} on {entry.dataset}"
         if leakage is None:
             sentences.append(f"{where}: not compared with its training data.")
         elif leakage.num_overlap:
             sentences.append(
-                f"{where}: {leakage.num_overlap:,} of {num_images:,} images are in its training data; the values here "
-                "include them."
+                f"{where}: {leakage.num_overlap:,} of {leakage.num_compared:,} images are in its training data; the "
+                "values here include them."
             )
     more = len(sentences) - _MAX_LISTED
     return sentences[:_MAX_LISTED] + ([f"{more} more are in the evaluations' own pages."] if more > 0 else [])

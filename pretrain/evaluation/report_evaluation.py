@@ -142,16 +142,16 @@ def _origin(result: EvaluationResult) -> dict[str, str]:
 
 def _leakage_sentences(result: EvaluationResult) -> tuple[str, bool]:
     """What a reader must know of it, and whether it is a warning."""
-    leakage, num_images = result.leakage, result.dataset.num_images
+    leakage = result.leakage
     if leakage is None:
         return "Not compared with the training data: the model may have seen these images in training.", True
     against = f"the training data, {shortened(leakage.training_data)}"
     missing = f" {leakage.num_without_hash:,} images could not be compared." if leakage.num_without_hash else ""
     if leakage.num_overlap == 0:
-        return f"None of the {num_images:,} images was found in {against}.{missing}", bool(missing)
-    share = leakage.num_overlap / max(1, num_images)
+        return f"None of the {leakage.num_compared:,} images tested on was found in {against}.{missing}", bool(missing)
+    share = leakage.num_overlap / max(1, leakage.num_compared)
     return (
-        f"{leakage.num_overlap:,} of {num_images:,} images ({share:.1%}) are in {against}, too: "
+        f"{leakage.num_overlap:,} of {leakage.num_compared:,} images tested on ({share:.1%}) are in {against}, too: "
         f"{leakage.num_same_pixels:,} with the same pixels, {leakage.num_near:,} as near copies.{missing} "
         "The results without them stand beside the results with them.",
         True,

@@ -19,9 +19,9 @@ Nothing here knows torch. NaN and infinity are None in the file.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from data_prep.errors import InputError
 from data_prep.files import write_atomically
@@ -46,6 +46,12 @@ class Metric(Frozen):
     chance: Number = None  # what guessing gives; None where there is no such constant
     is_share: bool = True  # in [0, 1]; otherwise a quantity such as a median rank
     lower_is_better: bool = False
+
+    @model_validator(mode="after")
+    def _has_both_ends(self) -> Self:
+        if (self.low is None) != (self.high is None):
+            raise ValueError("low and high: expected both or neither")
+        return self
 
     @classmethod
     def of(
@@ -89,6 +95,13 @@ class Curve(Frozen):
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
 
+    @model_validator(mode="after")
+    def _points_are_whole(self) -> Self:
+        lengths = {len(self.x), len(self.y), *(len(bounds) for bounds in (self.low, self.high) if bounds)}
+        if len(lengths) > 1:
+            raise ValueError(f"x, y, low and high: expected equal lengths, got {sorted(lengths)}")
+        return self
+
 
 class TaskResult(Frozen):
     task: Literal["zero_shot", "retrieval", "probe", "concepts", "multiple_choice", "hierarchy"]
@@ -103,6 +116,12 @@ class TaskResult(Frozen):
     curves: tuple[Curve, ...] = ()
     settings: Settings = Field(default_factory=dict)  # what was computed, exactly
     notes: tuple[str, ...] = ()  # what a reader must know, plain sentences
+
+    @model_validator(mode="after")
+    def _is_ranked_by_a_metric(self) -> Self:
+        if self.primary not in self.metrics:
+            raise ValueError(f"primary: {self.primary} is none of the metrics")
+        return self
 
 
 class ModelInfo(Frozen):
@@ -124,9 +143,10 @@ class DatasetInfo(Frozen):
 
 
 class Leakage(Frozen):
-    """Images that the training data holds too."""
+    """Images that the training data holds too, of those that are tested on."""
 
     training_data: str
+    num_compared: int
     num_same_pixels: int
     num_near: int  # copies in the sense of data_prep: rescaled, recompressed
     num_without_hash: int = 0  # could not be compared
@@ -163,7 +183,7 @@ def read_result(path: Path) -> EvaluationResult:
     """Of a folder or of the file itself. Raises InputError, with the file and the field, for what is none."""
     path = path / RESULT_NAME if path.is_dir() else path
     try:
-        return EvaluationResult.model_validate_json(path.read_text(encoding="utf-8"))
+        return EvaluationResult.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; `dermvlp evaluate` writes it") from None
     except ValidationError as error:

@@ -175,14 +175,15 @@ def bootstrap_draws(
 def proportion_interval(is_right: Bools, groups: Groups | None = None, confidence: float = 0.95) -> Estimate:
     """Share of True with Wilson's score interval (Wilson, 1927), for the small counts where a bootstrap collapses.
 
-    Rows of one group are not independent: the interval takes the number of groups for the number of trials, which is
-    exact when a group's rows agree and wider than needed when they don't. is_right: (N,); N = 0 gives NaN.
+    Rows of one group are not independent: the number of trials is that of equally large groups which weigh as much
+    (Kish, 1965: N^2 / sum of squared sizes), as if a group's rows agreed. is_right: (N,); N = 0 gives NaN.
     """
     num_rows = len(is_right)
     if num_rows == 0:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     share = float(np.mean(is_right))
-    num_trials = num_rows if groups is None else int(group_codes(groups).max()) + 1
+    sizes = np.ones(num_rows) if groups is None else np.bincount(group_codes(groups))
+    num_trials = float(sizes.sum() ** 2 / (sizes**2).sum())
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre = (share + z**2 / (2 * num_trials)) / (1 + z**2 / num_trials)
     half = z / (1 + z**2 / num_trials) * np.sqrt(share * (1 - share) / num_trials + z**2 / (4 * num_trials**2))

@@ -8,7 +8,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import open_clip
 import torch
 import torch.nn as nn
 import transformers
+import transformers.dynamic_module_utils
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CustomTextCLIP
 from open_clip.modified_resnet import ModifiedResNet
@@ -30,6 +31,9 @@ from pretrain.data.tokenize import TextTokenizer
 from pretrain.models.open_clip_config import OpenClipConfig, resolve_packages, resolved_spec
 from pretrain.models.text_towers import can_trim
 from pretrain.models.weights import load_weights
+
+# a config that names code of its own is refused at once, and not asked about on the terminal
+transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 _DEFAULT_LOGIT_BIAS = -10.0  # SigLIP (Zhai et al. 2023), section 3.2
 
@@ -140,6 +144,12 @@ def _quiet() -> Iterator[None]:
 _TOKENIZER_KWARGS = {"clean", "strip_sep_token", "language"}
 
 
+def check_tokenizer_kwargs(text_cfg: Mapping[str, Any], source: str) -> None:
+    """open_clip hands what it does not know to transformers, where a downloaded config could ask for its own code."""
+    if unknown := (text_cfg.get("tokenizer_kwargs") or {}).keys() - _TOKENIZER_KWARGS:
+        raise InputError(f"{source}: tokenizer_kwargs {sorted(unknown)} are not taken from a config")
+
+
 def build_tokenizer(config: ModelConfig, text_tower: nn.Module) -> TextTokenizer:
     """The tokenizer that belongs to the text tower, and whether that tower takes trimmed texts.
 
@@ -147,10 +157,8 @@ def build_tokenizer(config: ModelConfig, text_tower: nn.Module) -> TextTokenizer
     """
     text_cfg = resolve_packages(resolved_spec(config).model_cfg)["text_cfg"]
     context_length = int(text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH))
-    kwargs = text_cfg.get("tokenizer_kwargs", {})
-    # open_clip hands what it does not know to transformers, where a downloaded config could ask for its own code
-    if unknown := kwargs.keys() - _TOKENIZER_KWARGS:
-        raise InputError(f"model.name: {config.name}: tokenizer_kwargs {sorted(unknown)} are not taken from a config")
+    check_tokenizer_kwargs(text_cfg, f"model.name: {config.name}")
+    kwargs = text_cfg.get("tokenizer_kwargs") or {}
     ends_apart = True
     if text_cfg.get("hf_tokenizer_name"):
         name = text_cfg["hf_tokenizer_name"]

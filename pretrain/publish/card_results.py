@@ -42,7 +42,9 @@ def eval_results(evaluations: Iterable[EvaluationResult]) -> list[EvalResult]:
     results = []
     for evaluation in evaluations:
         for task in evaluation.tasks:
-            for name, metric in task.metrics.items():
+            # what the Hub shows beside other models: without the images that were trained on, where there are any
+            without = {"without_training_images": True} if task.without_overlap else {}
+            for name, metric in (task.without_overlap or task.metrics).items():
                 if metric.value is None:
                     continue
                 results.append(
@@ -54,7 +56,7 @@ def eval_results(evaluations: Iterable[EvaluationResult]) -> list[EvalResult]:
                         metric_type=name,
                         metric_name=name.replace("_", " "),
                         metric_value=round(metric.value, 4),
-                        metric_args=_arguments(metric, evaluation.confidence),
+                        metric_args=_arguments(metric, evaluation.confidence) | without,
                     )
                 )
     return results
@@ -86,7 +88,7 @@ def _leakage(evaluation: EvaluationResult) -> str:
     leakage = evaluation.leakage
     if leakage is None:
         return " It was not compared with the training data: some of its images may have been trained on."
-    found = f" {leakage.num_overlap:,} of them are in the training data too"
+    found = f" Of the {leakage.num_compared:,} tested on {leakage.num_overlap:,} are in the training data too"
     if leakage.num_overlap:
         found += f" ({leakage.num_same_pixels:,} with the same pixels, {leakage.num_near:,} near copies)"
     unknown = f"; {leakage.num_without_hash:,} could not be compared" if leakage.num_without_hash else ""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from data_prep.errors import InputError
 from data_prep.files import atomic, write_atomically
 from data_prep.progress import Progress
-from data_prep.schema import Caption, Sample, ShardManifest
+from data_prep.schema import Aspect, Caption, Sample, ShardManifest
 from data_prep.shards.manifest import read_hashes, write_manifest
 from data_prep.shards.shard import ShardRecord, write_shard
 from pretrain.data.manifest import ShardedDataset
@@ -58,6 +58,10 @@ CAPTION_SCHEMA = pa.schema(
         ("has_image", pa.bool_()),  # in the shards beside this file
     ]
 )
+
+
+#: what a publication of any splits writes: those not named this time go
+_OURS_THERE = ("*/shard-*.tar", "*/*.npy", "*/manifest.json", "*/captions.parquet")
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def publish_data(
     url = None
     if not dry_run:
         to = Destination(repo, "dataset", is_public, is_gated)
-        url = upload(out_dir, tuple(files), to, f"{len(splits)} split(s)", tuple(f"{name}/*" for name in sources))
+        url = upload(out_dir, tuple(files), to, f"{len(splits)} split(s)", _OURS_THERE)
     return DataPublication(out_dir, files, splits, url)
 
 
@@ -213,7 +217,8 @@ def _captions(sample: Sample, may: Allowed) -> list[Caption]:
         return []
     if may.captions == "all":
         return list(sample.captions)
-    return [caption for caption in sample.captions if caption.origin.startswith("column:")]
+    # sub-captions that a table brings are somebody's derivation of the caption
+    return [c for c in sample.captions if c.aspect is Aspect.CAPTION and c.origin.startswith("column:")]
 
 
 def _row(sample: Sample, caption: Caption, has_image: bool) -> dict[str, object]:

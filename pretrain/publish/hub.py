@@ -112,6 +112,7 @@ def upload(
             f"{to.repo} is public already; publish with --public, choose another --repo, or make it private in its "
             "settings on the Hub"
         )
+    held_before = attempt(lambda: api.list_repo_files(to.repo, repo_type=to.repo_type)) if to.is_public else []
     if to.is_gated and not info.gated:  # before there is anything in it
         attempt(lambda: api.update_repo_settings(to.repo, repo_type=to.repo_type, gated="manual"))
     commit = attempt(
@@ -125,6 +126,15 @@ def upload(
         )
     )
     if to.is_public and info.private:
+        held = attempt(lambda: api.list_repo_files(to.repo, repo_type=to.repo_type))
+        others = sorted({*held} - {*files, ".gitattributes"})
+        if others:
+            raise InputError(
+                f"{to.repo}: holds {len(others)} files of no publication of yours ({', '.join(others[:3])} ...), and "
+                "they would be public; delete them on the Hub, or choose another --repo. It is private still"
+            )
+        if held_before:  # what earlier uploads held, and this one does not, is not shown either
+            attempt(lambda: api.super_squash_history(repo_id=to.repo, repo_type=to.repo_type))
         attempt(lambda: api.update_repo_settings(to.repo, repo_type=to.repo_type, private=False))
     return str(commit.commit_url)
 

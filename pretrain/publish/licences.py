@@ -103,11 +103,13 @@ def find_licence(text: str) -> Licence | None:
     words = _words(text)
     if (known := _NAMES.get(words)) is not None:
         return known
-    if "creativecommons org publicdomain zero" in words:
-        return _CC0
-    if "creativecommons org publicdomain mark" in words:
-        return _PUBLIC_DOMAIN
+    # a link is a licence only where nothing stands beside it that could take it back
+    if link := re.fullmatch(rf"{_SITE} publicdomain (zero|mark)(?: 1 0)?(?: deed| legalcode)?(?: [a-z]{{2}})?", words):
+        return _CC0 if link.group(1) == "zero" else _PUBLIC_DOMAIN
     return _creative_commons(words)
+
+
+_SITE = "(?:https? )?(?:www )?creativecommons org"
 
 
 def _words(text: str) -> str:
@@ -117,7 +119,7 @@ def _words(text: str) -> str:
 
 
 def _creative_commons(words: str) -> Licence | None:
-    url = re.search(r"creativecommons org licenses (.*)", words)
+    url = re.fullmatch(rf"{_SITE} licenses (.*)", words)
     words = f"cc {url.group(1)}" if url else words
     match = re.fullmatch(r"(?P<names>[a-z ]+?)(?: v?(?P<major>\d)(?: (?P<minor>\d))?(?P<rest>[a-z ]*))?", words)
     if match is None:
@@ -192,13 +194,19 @@ def weights_licence(
             f"training data: {_listed(fixed, counts)} allow no derivatives, and weights may be one; train without "
             "these samples, or publish all the same with --allow-no-derivatives"
         )
+    kept = [name for name, licence in found.items() if licence is not None and not licence.redistribution]
+    if kept and chosen is None:
+        raise InputError(
+            f"training data: {_listed(kept, counts)} may not be passed on, and whether weights may is for their source "
+            "to say; ask it, and name the weights' licence with --licence ID"
+        )
     needed = _needed(known)
     if chosen is None and isinstance(needed, str):
         raise InputError(f"training data: {needed}; train without one of them, or name a licence with --licence ID")
     licence = chosen or needed
     assert isinstance(licence, Licence)
-    if chosen is not None and isinstance(needed, Licence):
-        _check_strict_enough(chosen, needed)
+    if chosen is not None:
+        _check_strict_enough(chosen, known, needed)
     return WeightsLicence(licence, _reasons(found, counts, unknown, fixed, needed, chosen))
 
 
@@ -218,19 +226,22 @@ def _needed(known: list[Licence]) -> Licence | str:
     return creative_commons(("by",))
 
 
-def _check_strict_enough(chosen: Licence, needed: Licence) -> None:
+def _check_strict_enough(chosen: Licence, known: list[Licence], needed: Licence | str) -> None:
+    """Also where share-alike licences exclude each other, and none is needed that all allow."""
+    sharing = isinstance(needed, Licence) and needed.share_alike
     lacks = [
         name
         for name, is_lacking in {
-            "non-commercial": chosen.commercial and not needed.commercial,
-            "share-alike": needed.share_alike and not chosen.share_alike,
-            "attribution": needed.attribution and not chosen.attribution,
+            "non-commercial": chosen.commercial and any(not licence.commercial for licence in known),
+            "share-alike": sharing and not chosen.share_alike,
+            "attribution": not chosen.attribution and any(licence.attribution for licence in known),
         }.items()
         if is_lacking
     ]
     if lacks:
+        asked = needed.id if isinstance(needed, Licence) else "more"
         raise InputError(
-            f"--licence {chosen.id}: the training data asks for {needed.id} ({' and '.join(lacks)}); choose that, or "
+            f"--licence {chosen.id}: the training data asks for {asked} ({' and '.join(lacks)}); choose that, or "
             "one as strict"
         )
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from data_prep.errors import InputError
+from pretrain.models.build import check_tokenizer_kwargs
 from pretrain.models.open_clip_config import CONFIG_NAME, FOLDER_PREFIX, holds_text_tower
 
 
@@ -25,9 +26,10 @@ def load_folder(folder: Path | str) -> tuple[Any, Callable[[Image.Image], torch.
     name = f"{FOLDER_PREFIX}{folder}"
     if not (folder / CONFIG_NAME).is_file():
         raise InputError(f"{folder}: no {CONFIG_NAME} here; `dermvlp export` writes one")
+    text_cfg = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+    check_tokenizer_kwargs(text_cfg, str(folder))
     overrides: dict[str, Any] = {}
     if holds_text_tower(folder):
-        text_cfg = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
         overrides["text_cfg"] = text_cfg | {"hf_model_name": str(folder), "hf_model_pretrained": False}
     model, _, preprocess = open_clip.create_model_and_transforms(name, **overrides)
     return model.eval(), preprocess, open_clip.get_tokenizer(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,8 +37,10 @@ def without_paths(node: Any, key: str = "") -> Any:
 def check_private(files: Iterable[Path], known_paths: Iterable[Path]) -> None:
     """Reads the text files that will be sent. Raises InputError, with file and line, where one names a path of this
     machine or the publisher's home."""
-    known = {path.resolve() for path in (*known_paths, Path.cwd())}
-    forbidden = sorted({str(path) for path in known if len(path.parts) > 2} | {f"{Path.home()}/"} - {"//"})
+    given = (*known_paths, Path.cwd())
+    known = {path.resolve() for path in given} | {path.absolute() for path in given}  # a link's two names
+    plain = {str(path) for path in known if len(path.parts) > 2} | {f"{Path.home()}/"} - {"//"}
+    forbidden = sorted(plain | {json.dumps(path)[1:-1] for path in plain})
     for file in files:
         if file.suffix not in _TEXT_SUFFIXES:
             continue

@@ -12,6 +12,7 @@ import open_clip
 
 from data_prep.errors import InputError
 from data_prep.files import write_atomically
+from pretrain.config import TrainConfig
 from pretrain.evaluation.encoders import find_checkpoint, load_encoder
 from pretrain.evaluation.results import RESULT_NAME, EvaluationResult, read_result
 from pretrain.models.build import image_px
@@ -32,6 +33,7 @@ from pretrain.publish.load import load_folder
 from pretrain.publish.model_card import CardFacts, ModelFacts, model_card
 from pretrain.publish.private import check_private
 from pretrain.publish.run_facts import read_run
+from pretrain.train.checkpoint import checkpoint_config
 
 EVALUATIONS_DIR = "evaluations"
 
@@ -105,13 +107,21 @@ def publish(
         write_atomically(folder / EVALUATIONS_DIR / f"{name}.json", result.model_dump_json(indent=1).encode())
     write_atomically(folder / CARD_NAME, model_card(card).encode())
     files = list_files(folder)
-    check_private([folder / name for name in files], [run_dir, folder, *([data_dir] if data_dir else [])])
+    known_paths = [run_dir, folder, *_paths_of(checkpoint_config(checkpoint)), *([data_dir] if data_dir else [])]
+    check_private([folder / name for name in files], known_paths)
     url = None
     if not dry_run:
         to = Destination(repo, "model", is_public, is_gated)
         obsolete = (*_OURS, *_TOKENIZER_FILES, f"{EVALUATIONS_DIR}/*.json")
         url = upload(folder, tuple(files), to, f"Checkpoint of step {run.step}", obsolete)
     return Publication(folder, files, chosen, card.model, url)
+
+
+def _paths_of(config: TrainConfig) -> list[Path]:
+    """Where the run read and wrote."""
+    val_dir = None if config.validation is None else config.validation.val_dir
+    paths = (config.run_dir, config.data.train_dir, config.data.stage_dir, val_dir)
+    return [path for path in paths if path is not None]
 
 
 def _write_clip_model(folder: Path) -> ModelFacts:

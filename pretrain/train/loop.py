@@ -122,6 +122,8 @@ class _Run:
             return Outcome(first_step, finished=False)
         if config.bad_steps.action == "rollback" and first_step == 0:
             self._save()  # something to go back to
+        if first_step > 0 and self.record.validated_step != first_step:
+            self._validate(first_step)  # killed between the save and the validation of this step
         batches = self._batches(first_step, pin=device.type == "cuda")
         agreement = Agreement()
         upcoming = next(batches, None)
@@ -182,8 +184,10 @@ class _Run:
             return
         digest = ShardedDataset(validation.val_dir).digest
         by = self.config.checkpoint.best_by
-        own = f"{by}, {digest}, {validation.max_num_samples} samples, {comm.world_size()} ranks"
+        own = f"{by}, {digest}, {validation.max_num_samples} samples, {comm.world_size()} ranks, {validation.templates}"
         if self.record.best_of != own:
+            if self.record.best_step is not None:
+                self.log.say(f"the best so far, step {self.record.best_step}, is forgotten: it was validated otherwise")
             self.record.best_of, self.record.best_step, self.record.best_value = own, None, None
 
     def _validate(self, done: int) -> None:
@@ -199,12 +203,14 @@ class _Run:
             _plot(self.config.run_dir)
             name, sign = _BEST_BY[self.config.checkpoint.best_by]
             best, value = self.record.best_value, values[name]
-            if math.isfinite(value) and (best is None or sign * value > sign * best):
+            self.record.validated_step = done
+            is_best = math.isfinite(value) and (best is None or sign * value > sign * best)
+            if is_best:
                 self.record.best_step, self.record.best_value = done, value
-                if self.saved_step == done:
-                    update_record(self.config.run_dir, self.record)
-                elif self.config.checkpoint.keep_best:
-                    self._save()
+            if self.saved_step == done:
+                update_record(self.config.run_dir, self.record)
+            elif is_best and self.config.checkpoint.keep_best:
+                self._save()
 
     def _save(self) -> None:
         self.guard.check()

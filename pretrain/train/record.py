@@ -15,6 +15,7 @@ class RunRecord:
     passed_over: list[int] = field(default_factory=list)
     best_step: int | None = None  # in the sense of checkpoint.best_by
     best_value: float | None = None
+    validated_step: int | None = None  # the newest
     best_of: str = ""  # the validation that it is the best of
     order_of: str = ""  # what the streaming mode's sample order depends on beside seed and data
 

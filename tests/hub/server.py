@@ -245,6 +245,11 @@ class _Handler(BaseHTTPRequestHandler):
         sha = found.commits[-1]
         self._json(200, {"commitOid": sha, "commitUrl": f"{self.state.url}/{repo}/commit/{sha}"})
 
+    def squash(self, body: bytes, is_owner: bool, kind: str, repo: str) -> None:
+        if not self._denied(is_owner) and (found := self._repo(kind, repo, is_owner)) is not None:
+            found.commits[:] = found.commits[-1:]
+            self._json(200, {})
+
     def resolve(self, body: bytes, is_owner: bool, prefix: str, repo: str, path: str) -> None:
         found = self._repo("dataset" if prefix else "model", repo, is_owner)
         if found is None:
@@ -269,6 +274,7 @@ _ROUTES: list[tuple[str, Any]] = [
     (rf"PUT {_API}/settings", _Handler.settings),
     (rf"POST {_API}/preupload/[^/]+", _Handler.preupload),
     (rf"POST {_API}/commit/[^/]+", _Handler.commit),
+    (rf"POST {_API}/super-squash/[^/]+", _Handler.squash),
     (rf"POST (/(?P<kind>datasets))?/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     (r"PUT /lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_put),
     (rf"(GET|HEAD) (?P<prefix>/datasets)?/{_REPO}/resolve/[^/]+/(?P<path>.+)", _Handler.resolve),

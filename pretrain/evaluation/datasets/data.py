@@ -168,6 +168,7 @@ class _Builder:
             raise InputError(self._nothing_left())
         if config.unnamed_concepts == "absent":
             rows = _with_absent_concepts(rows, self.items)
+        rows = _with_images_as_patients(rows, self.items)
         labelled = {row.label for row in rows if row.label is not None}
         classnames = config.classnames or tuple(sorted(labelled))
         classnames = classnames if labelled else ()
@@ -192,7 +193,9 @@ class _Builder:
         tested = [row for row in self.rows if not row.is_train]
         present_labels = {row.label for row in tested}
         if self._strange:
-            notes.append(f"labels that are none of the classes: {_named(self._strange.most_common())}")
+            num = sum(self._strange.values())
+            # their number alone: notes are published, and a column that was taken for labels may hold names
+            notes.append(f"labels that are none of the classes: {len(self._strange)} different ones, in {num} rows")
         if classnames and (num := sum(row.label is None for row in tested)):
             notes.append(f"rows without a label: {num}")
         if classnames and all(name.replace(".", "").isdigit() for name in classnames):
@@ -223,6 +226,18 @@ def _named(counts: Iterable[tuple[str, int]]) -> str:
     if len(counts) > 2 * _MAX_NAMED:
         return f"{len(counts)} different ones, in {sum(num for _, num in counts)} rows"
     return ", ".join(f"{value[:60]!r} ({num})" for value, num in counts)
+
+
+def _with_images_as_patients(rows: Sequence[Row], items: Sequence[Item]) -> list[Row]:
+    """Rows of one image (several questions) are not independent, also where its patient is not known."""
+    num_rows = Counter(item.image.name for item in items)
+    number = {name: n for n, name in enumerate(num_rows)}
+    return [
+        replace(row, patient=f"image-{number[item.image.name]:06d}")
+        if row.patient is None and num_rows[item.image.name] > 1
+        else row
+        for row, item in zip(rows, items, strict=True)
+    ]
 
 
 def _with_absent_concepts(rows: Sequence[Row], items: Sequence[Item]) -> list[Row]:

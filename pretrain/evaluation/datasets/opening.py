@@ -52,7 +52,9 @@ def _described(path: Path) -> dict[str, Any]:
     if path.suffix.lower() in _TABLES:
         return {"name": name, **_table(path)}
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder; ready descriptions are in configs/eval/datasets/")
+        ready = f"configs/eval/datasets/{path.name}.yaml"
+        hint = f"did you mean {ready}?" if Path(ready).is_file() else "ready descriptions are in configs/eval/datasets/"
+        raise InputError(f"{path}: no such file or folder; {hint}")
     raise InputError(
         f"{path}: no data set; give a description (.yaml), a folder of images or shards, tars, or a table "
         f"({', '.join(_TABLES)})"

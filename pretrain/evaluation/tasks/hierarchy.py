@@ -40,8 +40,9 @@ def lacks(data: EvalData, task: HierarchyTask | None = None) -> str | None:
     ontology = None if task is None else task.ontology
     node_of = _nodes_of_classes(ontology, data)[1]
     if len(node_of) < 2:
-        source = "its diagnosis paths have" if ontology is None else f"{ontology} has"
-        return f"{source} {len(node_of)} of its classes, and scoring needs two"
+        source = "its diagnosis paths have" if ontology is None else f"{ontology.name} has"
+        remedy = "name an ontology that has them (hierarchy: {ontology: FILE})"
+        return f"{source} {len(node_of)} of its classes, and scoring needs two; {remedy}"
     return None if any(is_scored(row, list(node_of)) for row in data.rows) else "no image has a class of the hierarchy"
 
 

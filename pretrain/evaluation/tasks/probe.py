@@ -130,6 +130,7 @@ def run(task: ProbeTask, given: TaskInput) -> TaskResult:
             _over_seeds(balanced_accuracy),
             [labelled.test_label, most.predicted_NS],
             settings,
+            strata=labelled.test_label,
         ),
         per_class={name: Metric.of(recall, chance=1 / len(names)) for name, recall in recalls.items()},
         confusion=Confusion(classnames=names, counts=tuple(map(tuple, counts.tolist()))),
@@ -152,7 +153,8 @@ def _split(data: EvalData, test_fraction: float, seed: int) -> _Labelled:
         how = "the data set's own training part"
     else:
         is_test = held_out_patients(label, patients, test_fraction, seed)
-        how = f"{test_fraction:g} of the patients of each class tested on, drawn with seed {seed}"
+        what = "patients" if any(patients) else "images (patients are not known: one may be on both sides)"
+        how = f"{test_fraction:g} of the {what} of each class tested on, drawn with seed {seed}"
     train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
     if len(test) == 0:
         raise InputError(f"{data.name}: no probe: training needs all patients, since so few have each class")
@@ -310,6 +312,11 @@ def _notes(
             notes.append(
                 f"{amount.name}: {amount.converged.count(False)} of {len(amount.converged)} fits had not converged "
                 f"after {task.max_iterations} iterations."
+            )
+        if amount.is_share and amount.num_rows > 1.5 * amount.value * len(labelled.train):
+            notes.append(
+                f"{amount.name}: every class keeps a patient, so {amount.num_rows:.0f} of {len(labelled.train)} images "
+                "are trained on."
             )
     if num_other := len(data.rows) - len(labelled.train) - len(labelled.test):
         notes.append(f"{num_other} images without a label, or with one that is no class here, are not used.")

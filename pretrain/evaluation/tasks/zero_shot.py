@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,10 +186,11 @@ def _by_group(classified: Classified, primary: str, settings: EvaluationSettings
     chance = chance_levels(len(classified.classnames))
     decided = [label_N, predicted_N]
     groups = by_group(rows, "accuracy", accuracy, decided, settings, chance=chance["accuracy"])
+    kind: dict[str, Any] = {"chance": chance[primary], "strata": label_N}
     if primary == "auroc":
         scored = [label_N, logits_NC - logits_NC[:, ::-1]]
-        return groups + by_group(rows, primary, macro_auroc, scored, settings, chance=chance[primary])
-    return groups + by_group(rows, primary, balanced_accuracy, decided, settings, chance=chance[primary])
+        return groups + by_group(rows, primary, macro_auroc, scored, settings, **kind)
+    return groups + by_group(rows, primary, balanced_accuracy, decided, settings, **kind)
 
 
 def _write_probabilities(given: TaskInput, classified: Classified, probabilities_NC: NDArray[np.float64]) -> None:

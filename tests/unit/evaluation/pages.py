@@ -188,7 +188,9 @@ def evaluation_result(name: str = "nevus", num_classes: int = 3) -> EvaluationRe
         ),
         tasks=(zero_shot_result(name, num_classes), retrieval_result(name), probe_result(name)),
         left_out={"concepts": f"no concepts of {name}"},
-        leakage=Leakage(training_data=f"derm {name}", num_same_pixels=12, num_near=5, num_without_hash=2),
+        leakage=Leakage(
+            training_data=f"derm {name}", num_compared=400, num_same_pixels=12, num_near=5, num_without_hash=2
+        ),
         seconds=73.2,
         created="2026-11-22T15:00:00+00:00",
         versions={"dermvlp": "0.1.0", f"torch {name}": "2.14.1"},

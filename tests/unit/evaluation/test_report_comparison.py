@@ -111,7 +111,7 @@ def test_names_that_differ_at_their_end_can_be_told_apart(tmp_path: Path) -> Non
 
 def test_leakage_is_said_for_each_model_and_set(tmp_path: Path) -> None:
     page = Page(rendered(tmp_path, comparison()))
-    assert page.text.count("17 of 457 images are in its training data") == 8
+    assert page.text.count("17 of 400 images are in its training data") == 8
     given = comparison()
     first = given.entries[0].model_copy(update={"result": given.entries[0].result.model_copy(update={"leakage": None})})
     text = Page(rendered(tmp_path, given.model_copy(update={"entries": (first, *given.entries[1:])}))).text

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from data_prep.errors import InputError
 from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.deepspeed_options import REDUCE_BUCKET_SIZE
 from pretrain.distributed.engine import build_engine
 from pretrain.distributed.engine_deepspeed import check_options, deepspeed_config
 
@@ -26,7 +27,10 @@ def test_what_the_config_says_is_in_the_dictionary() -> None:
     assert settings["train_micro_batch_size_per_gpu"] == 6
     assert settings["gradient_clipping"] == 0.5
     assert (settings["bf16"], settings["fp16"]) == ({"enabled": True}, {"enabled": False})
-    assert settings["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    bucket = {"reduce_bucket_size": REDUCE_BUCKET_SIZE}
+    assert settings["zero_optimization"] == {"stage": 2, **bucket, "offload_optimizer": {"device": "cpu"}}
+    assert dictionary(zero_stage=1)["zero_optimization"] == {"stage": 1, **bucket, "contiguous_gradients": False}
+    assert dictionary(zero_stage=0)["zero_optimization"] == {"stage": 0}
     assert "optimizer" not in settings and "scheduler" not in settings
 
 
@@ -76,7 +80,8 @@ def test_an_option_that_ours_decides_is_refused_by_name(options: dict[str, Any],
 
 def test_another_offload_device_can_be_given_where_ours_is_none() -> None:
     nvme = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}}
-    assert dictionary(zero_stage=3, deepspeed=nvme)["zero_optimization"] == {"stage": 3, **nvme["zero_optimization"]}
+    merged = dictionary(zero_stage=3, deepspeed=nvme)["zero_optimization"]
+    assert merged == {"stage": 3, "reduce_bucket_size": REDUCE_BUCKET_SIZE, **nvme["zero_optimization"]}
 
 
 @pytest.mark.parametrize(

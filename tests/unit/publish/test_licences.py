@@ -67,7 +67,6 @@ DERIVED = [
     (("CC0", "MIT"), "Apache-2.0"),
     (("CC0", "CC BY 4.0"), "CC-BY-4.0"),
     (("CC BY 4.0", "CC-BY-NC-4.0"), "CC-BY-NC-4.0"),
-    (("research only", "Apache-2.0"), "CC-BY-NC-4.0"),
     (("CC BY 4.0", "CC BY-SA 4.0"), "CC-BY-SA-4.0"),
     (("CC BY-NC 4.0", "CC BY-NC-SA 3.0"), "CC-BY-NC-SA-4.0"),
     (("CC BY-NC-SA 3.0", "CC0"), "CC-BY-NC-SA-4.0"),
@@ -132,6 +131,40 @@ def test_a_stricter_licence_can_be_given_and_the_card_says_so() -> None:
 def test_what_is_no_licence_for_weights_is_refused(given: str) -> None:
     with pytest.raises(InputError, match=f"--licence {given}"):
         weights_licence({"Apache-2.0": 1}, given=given)
+
+
+def test_data_that_may_not_be_passed_on_needs_a_decision() -> None:
+    counts = {"research only": 5, "Apache-2.0": 4}
+    with pytest.raises(InputError, match=r"research only \(5 samples\) may not be passed on.*--licence ID"):
+        weights_licence(counts)
+    assert weights_licence(counts, given="CC BY-NC 4.0").licence.id == "CC-BY-NC-4.0"
+    with pytest.raises(InputError, match="non-commercial"):
+        weights_licence(counts, given="CC BY 4.0")
+
+
+@pytest.mark.parametrize(
+    ("counts", "given"),
+    [
+        ({"CC BY-SA 4.0": 5, "CC BY-NC 4.0": 900}, "Apache-2.0"),
+        ({"CC BY-SA 4.0": 5, "CC BY-NC-SA 4.0": 900}, "CC0-1.0"),
+    ],
+)
+def test_a_given_licence_is_as_strict_as_each_of_the_data(counts: dict[str, int], given: str) -> None:
+    """Also where share-alike licences exclude each other, so that none can be derived."""
+    with pytest.raises(InputError, match="non-commercial"):
+        weights_licence(counts, given=given)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "non-commercial research use only, see https://creativecommons.org/licenses/by/4.0/",
+        "CC BY-NC-ND 4.0 (images); metadata https://creativecommons.org/publicdomain/zero/1.0/",
+        "on request; not under https://creativecommons.org/licenses/by/4.0/",
+    ],
+)
+def test_a_link_does_not_take_back_what_stands_beside_it(text: str) -> None:
+    assert find_licence(text) is None
 
 
 def test_share_alike_licences_can_exclude_each_other() -> None:
