@@ -266,7 +266,9 @@ def read_batches(
     if num_workers:
         dataset = copy.copy(dataset)
         mine, px = dataset.mine, dataset.transform.image_px
-        dataset.buffers = Buffers(num_workers, prefetch_batches + 1, (mine.stop - mine.start, 3, px, px))
+        # the loader asks for a further batch while it hands one out, and the loop lets go of the last only then
+        slots = prefetch_batches + 2
+        dataset.buffers = Buffers(num_workers, slots, (mine.stop - mine.start, 3, px, px))
     yield from from_workers(dataset, range(first_step, num_steps), num_workers, prefetch_batches, pin)
 
 

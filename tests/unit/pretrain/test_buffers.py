@@ -33,7 +33,8 @@ def test_the_memory_of_a_batch_that_is_gone_is_used_again(prepared_dir: Path) ->
     for step, batch in enumerate(read_batches(reader(prepared_dir / "train"), 0, 20, num_workers=1)):
         assert_same(batch, reader(prepared_dir / "train")[step])
         addresses.append(batch.image_BCHW.data_ptr())
-    assert len(set(addresses)) <= 3  # prefetch_batches + 1
+    # two asked for ahead, the one at hand, and the last, which the loop holds until it has the next
+    assert len(set(addresses)) <= 4
 
 
 def test_a_slot_is_free_when_the_last_view_is_gone() -> None:
