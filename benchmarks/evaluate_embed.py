@@ -72,8 +72,8 @@ def embed_s(encoder: OpenClipEncoder, batches: Sequence[Tensor], folder: Path) -
     keys = [f"key-{row:06d}" for row in range(num_rows)]
     began_at = time.perf_counter()
     paths = chunk_paths(folder, num_rows)
-    for number, chunk in encode_chunks(encoder, _decoded(batches), JOINT, num_rows):
-        write_chunk(paths[number], chunk)
+    for number, chunks in encode_chunks(encoder, _decoded(batches), (JOINT,), num_rows):
+        write_chunk(paths[number], chunks[JOINT])
     num_images, width = shape_of([read_rows(path) for path in paths])
     info = TableInfo(
         model=encoder.info.name,

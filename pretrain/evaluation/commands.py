@@ -87,7 +87,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     result = evaluate(load_encoder(arguments.model), data, out_dir, config, training_dirs)
     print_result(result)
     print(f"\n{out_dir / REPORT_NAME}")
-    return 0
+    return 2 if result.failed else 0
 
 
 def _only(config: EvaluationConfig, kinds: Sequence[str]) -> EvaluationConfig:
@@ -95,7 +95,7 @@ def _only(config: EvaluationConfig, kinds: Sequence[str]) -> EvaluationConfig:
 
     unknown = [kind for kind in kinds if kind not in TASKS]
     if unknown:
-        raise InputError(f"--tasks: no task {', '.join(unknown)}; there are {', '.join(TASKS)}")
+        raise InputError(f"--tasks: no task {', '.join(map(repr, unknown))}; there are {', '.join(TASKS)}")
     given = {task.kind: task for task in config.tasks}
     chosen = [given[kind] if kind in given else TASKS[kind]() for kind in kinds]
     return EvaluationConfig.model_validate({"tasks": chosen, "settings": config.settings})
@@ -171,9 +171,10 @@ def _embed(arguments: argparse.Namespace) -> int:
 def _annotate(arguments: argparse.Namespace) -> int:
     from pretrain.evaluation.concepts import annotate_rows
     from pretrain.evaluation.datasets import open_data
-    from pretrain.evaluation.embed import rejected_path, settings_of, write_rejected
+    from pretrain.evaluation.datasets.data import write_rejected
+    from pretrain.evaluation.embed import rejected_path, settings_of
     from pretrain.evaluation.encoders import load_encoder
-    from pretrain.evaluation.features import features
+    from pretrain.evaluation.features import image_features
     from pretrain.evaluation.interfaces import JOINT
 
     if arguments.out.suffix != ".csv":
@@ -181,10 +182,11 @@ def _annotate(arguments: argparse.Namespace) -> int:
     encoder, data = load_encoder(arguments.model), open_data(arguments.data, arguments.set_data)
     folder = arguments.out.with_name(f"{arguments.out.name}.features")
     settings = settings_of(arguments.batch_size, arguments.num_workers)
-    image_ND = features(encoder, data, JOINT, folder, settings)
-    annotate_rows(encoder, data.rows, image_ND, arguments.out, arguments.terms)
-    write_rejected(arguments.out, data.rejected)
+    encoded = image_features(encoder, data, (JOINT,), folder, settings)
+    data = data.without(encoded.rejected)
+    annotate_rows(encoder, data.rows, encoded.by_layer[JOINT], arguments.out, arguments.terms)
+    write_rejected(rejected_path(arguments.out), data.rejected)
     print(f"{arguments.out}: {len(data.rows)} images; their features are in {folder}")
     if data.rejected:
-        print(f"{rejected_path(arguments.out)}: {len(data.rejected)} rows that could not be used")
+        print(f"{rejected_path(arguments.out)}: {len(data.rejected)} rows and images that could not be used")
     return 0

@@ -246,18 +246,17 @@ def _difference(
     if len(my_rows) == 0:
         raise InputError(f"{where} have no row in common, though their sets are the same; evaluate both again")
     their_rows = np.array([position[mine.keys[row]] for row in my_rows])
-    if (mine.truth_N[my_rows] != theirs.truth_N[their_rows]).any():
+    if (mine.truth[my_rows] != theirs.truth[their_rows]).any():
         raise InputError(f"{where} have different labels, though their sets are the same; evaluate both again")
     if num_alone := len(mine.keys) + len(theirs.keys) - 2 * len(my_rows):
         notes.append(f"{where}: {num_alone} rows that only one of them has are not compared.")
-    truth_N = mine.truth_N[my_rows]
     tested = paired_difference(
         mine.statistic,
-        mine.output_N[my_rows],
-        theirs.output_N[their_rows],
-        [truth_N],
+        mine.output[my_rows],
+        theirs.output[their_rows],
+        [mine.truth[my_rows]],
         groups=[mine.patients[row] for row in my_rows],
-        strata=truth_N,
+        strata=mine.strata_N[my_rows],
         num_resamples=tests.num_resamples,
         num_permutations=tests.num_permutations,
         confidence=tests.confidence,

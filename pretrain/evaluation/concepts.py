@@ -175,7 +175,18 @@ def annotate_rows(
     write_scores(out_path, rows, prompts.concepts, concept_scores(image_ND, prompts))
 
 
-def write_scores(path: Path, rows: Sequence[Row], concepts: Sequence[str], score_NK: NDArray[np.float64]) -> None:
-    """concept_scores.csv: key, patient, then a column a concept."""
-    lines = ([row.key, row.patient, *score_K] for row, score_K in zip(rows, score_NK.tolist(), strict=True))
-    write_table(path, ["key", "patient", *concepts], lines)
+def write_scores(
+    path: Path,
+    rows: Sequence[Row],
+    concepts: Sequence[str],
+    score_NK: NDArray[np.float64],
+    present_NK: NDArray[np.int8] | None = None,
+) -> None:
+    """key, patient, a column a concept; where annotations are given, CONCEPT:present after them: 1, 0, or empty."""
+    score_lists = score_NK.tolist()
+    columns = ["key", "patient", *concepts]
+    if present_NK is not None:
+        columns += [f"{concept}:present" for concept in concepts]
+        known = [[None if kind < 0 else kind for kind in kinds] for kinds in present_NK.tolist()]
+        score_lists = [[*scores, *kinds] for scores, kinds in zip(score_lists, known, strict=True)]
+    write_table(path, columns, ([r.key, r.patient, *cells] for r, cells in zip(rows, score_lists, strict=True)))

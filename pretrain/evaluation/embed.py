@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_prep.errors import InputError
-from data_prep.files import disk_errors, lock, remove_stale_partials, write_atomically
+from data_prep.files import disk_errors, lock, remove_stale_partials
 from pretrain.evaluation.config import EvaluationSettings
+from pretrain.evaluation.datasets.data import undecodable, write_rejected
 from pretrain.evaluation.export_table import SUFFIXES, TableInfo, read_info, write_table
-from pretrain.evaluation.feature_chunks import ChunkRows, read_rows, shape_of
+from pretrain.evaluation.feature_chunks import read_rows, shape_of
 from pretrain.evaluation.features import encode_missing_chunks
 from pretrain.evaluation.interfaces import JOINT, Encoder, EvalData
+from pretrain.evaluation.tower_layers import check_layers
 
 
 def embed(
@@ -43,15 +43,17 @@ def embed(
         found = _finished(out, wanted)
         shutil.rmtree(parts_dir, ignore_errors=True)  # left where it was killed after the table had its name
         return found
+    check_layers(encoder, [layer])
     with lock(parts_dir / ".lock", "another `dermvlp embed` of this file"), disk_errors(out.parent):
         remove_stale_partials(parts_dir)
         chunks_dir = parts_dir / f"{wanted.model_digest}-{wanted.data_digest}-{layer}"
-        chunks = encode_missing_chunks(encoder, data, layer, chunks_dir, settings, refuse_undecodable=False)
+        chunks = encode_missing_chunks(encoder, data, {layer: chunks_dir}, settings)[layer]
         outcome = [read_rows(chunk) for chunk in chunks]
         num_images, width = shape_of(outcome)
-        rejected = [*data.rejected, *_undecodable(outcome, data)]
+        reason_of = {row: reason for chunk in outcome for row, reason in chunk.rejected.items()}
+        rejected = [*data.rejected, *undecodable(data, reason_of)]
         info = wanted.model_copy(update={"num_images": num_images, "num_rejected": len(rejected), "width": width})
-        write_rejected(out, rejected)
+        write_rejected(rejected_path(out), rejected)
         write_table(out, chunks, [row.key for row in data.rows], info)
     shutil.rmtree(parts_dir)
     return info
@@ -64,11 +66,6 @@ def settings_of(batch_size: int, num_workers: int) -> EvaluationSettings:
             f"--batch-size {batch_size} --num-workers {num_workers}: at least 1 image, at least 0 processes"
         )
     return EvaluationSettings(batch_size=batch_size, num_workers=num_workers)
-
-
-def write_rejected(out: Path, rejected: Sequence[Mapping[str, str]]) -> None:
-    lines = [json.dumps(dict(row), ensure_ascii=False) for row in rejected]
-    write_atomically(rejected_path(out), "".join(f"{line}\n" for line in lines).encode())
 
 
 def rejected_path(out: Path) -> Path:
@@ -84,11 +81,3 @@ def _finished(out: Path, wanted: TableInfo) -> TableInfo:
             f"{wanted.data} ({wanted.data_digest}): remove it, or choose another --out"
         )
     return found
-
-
-def _undecodable(chunks: Sequence[ChunkRows], data: EvalData) -> list[Mapping[str, str]]:
-    return [
-        {"key": data.rows[row].key, "field": "image", "reason": reason}
-        for chunk in chunks
-        for row, reason in chunk.rejected.items()
-    ]

@@ -34,7 +34,7 @@ from pretrain.data.texts import pack
 from pretrain.data.tokenize import TextTokenizer
 from pretrain.evaluation.interfaces import JOINT
 from pretrain.evaluation.results import ModelInfo
-from pretrain.evaluation.tower_layers import Tap, layer_taps, read_layer
+from pretrain.evaluation.tower_layers import Tap, check_layers, layer_taps, read_layers
 from pretrain.models.build import build_open_clip, build_tokenizer, eval_transform, image_px
 from pretrain.models.dual_encoder import DualEncoder
 from pretrain.models.open_clip_config import FOLDER_PREFIX, HUB_PREFIX
@@ -76,27 +76,22 @@ class OpenClipEncoder:
         """`joint`, and what tower_layers.py names."""
         return (JOINT, *self._taps)
 
-    def check_layer(self, layer: str) -> None:
-        """Raises InputError for a layer that the image tower has not."""
-        if layer not in self.layers:
-            numbered = sum(name.startswith("block.") for name in self.layers)
-            named = ", ".join(name for name in self.layers if not name.startswith("block."))
-            blocks = f", block.0 to block.{numbered - 1}" if numbered else ""
-            raise InputError(f"layer {layer!r}: {self.info.name} has {named}{blocks}")
-
-    @torch.no_grad()
     def encode_pixels(self, image_BCHW: Tensor, layer: str = JOINT) -> Tensor:
         """(B, D) unit vectors for `joint`, else (B, L); float32, on the CPU.
 
         image_BCHW: what `transform` gives. Raises InputError for a layer that the tower has not.
         """
-        self.check_layer(layer)
-        image_BCHW = image_BCHW.to(self.device, non_blocking=True)
-        if layer == JOINT:
-            features = F.normalize(_first(self.model.visual(image_BCHW)), dim=-1)
-        else:
-            features = read_layer(self.model.visual, image_BCHW, self._taps[layer])
-        return features.float().cpu()
+        return self.encode_layers(image_BCHW, (layer,))[layer]
+
+    @torch.no_grad()
+    def encode_layers(self, image_BCHW: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """As `encode_pixels`, of several layers from one forward."""
+        check_layers(self, layers)
+        taps = {layer: self._taps[layer] for layer in layers if layer != JOINT}
+        output, of_layer = read_layers(self.model.visual, image_BCHW.to(self.device, non_blocking=True), taps)
+        if JOINT in layers:
+            of_layer[JOINT] = F.normalize(_first(output), dim=-1)
+        return {layer: of_layer[layer].float().cpu() for layer in layers}
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 from data_prep.errors import InputError
-from data_prep.files import disk_errors, lock, write_atomically
-from pretrain.evaluation.config import EvaluationConfig
+from data_prep.files import disk_errors, lock
+from pretrain.evaluation.config import EvaluationConfig, ProbeTask, TaskConfig
 from pretrain.evaluation.datasets import EvalSet
-from pretrain.evaluation.features import features
-from pretrain.evaluation.interfaces import Encoder, TaskInput
+from pretrain.evaluation.datasets.data import write_rejected
+from pretrain.evaluation.features import image_features
+from pretrain.evaluation.interfaces import JOINT, Encoder, TaskInput
 from pretrain.evaluation.leakage import overlap
 from pretrain.evaluation.report_evaluation import write_evaluation_report
 from pretrain.evaluation.report_extras import report_extras
@@ -24,12 +23,12 @@ from pretrain.evaluation.results import (
     RESULT_NAME,
     DatasetInfo,
     EvaluationResult,
+    Leakage,
     Metric,
     TaskResult,
     read_result,
     write_result,
 )
-from pretrain.evaluation.statistics import Floats
 from pretrain.evaluation.tasks import concepts, hierarchy, multiple_choice, probe, retrieval, zero_shot
 
 _MODULES: dict[str, ModuleType] = {
@@ -54,21 +53,25 @@ def evaluate(
     """Every task of `config` that `data` has something for, into `out_dir` (see results.py); says what it does.
 
     Features are kept in `out_dir`, so that an evaluation that was interrupted goes on, and one that is repeated with
-    other tasks encodes nothing again.
+    other tasks encodes nothing again. An image that cannot be decoded is left out of every task, and listed in
+    rejected.jsonl. A task that ends in an error is named in `failed` of the result, and the others' numbers stay.
 
     Args:
         training_dirs: splits of shards that the model was trained on; images that they hold too are counted, and the
             numbers given without them as well.
         num_pictures: examples on the page for each of its galleries; 0: none.
 
-    Raises InputError where there is nothing for any task, another process evaluates into `out_dir`, or for bad data.
+    Raises InputError where there is nothing for any task, none succeeds, or another process evaluates into `out_dir`.
     """
     config = config or EvaluationConfig()
     started = time.monotonic()
     with lock(out_dir / ".lock", "another evaluation"), disk_errors(out_dir):
-        earlier = _earlier_tasks(encoder, data, out_dir, config)
-        lines = [json.dumps(dict(row), ensure_ascii=False) for row in data.rejected]
-        write_atomically(out_dir / "rejected.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        before = _result_before(encoder, data, out_dir, config)
+        write_rejected(out_dir / "rejected.jsonl", data.rejected)
+        layers = _layers(config, _left_out(data, config), with_pictures=num_pictures > 0)
+        encoded = image_features(encoder, data, layers, out_dir / "features", config.settings)
+        data = data.without(encoded.rejected)
+        write_rejected(out_dir / "rejected.jsonl", data.rejected)
         left_out = _left_out(data, config)
         overlap_N, leakage = None, None
         if training_dirs:
@@ -77,26 +80,21 @@ def evaluate(
         given = TaskInput(
             encoder=encoder,
             data=data,
-            features=partial(_features, encoder, data, out_dir / "features", config),
+            features=encoded.by_layer.__getitem__,
             overlap_N=overlap_N,
             settings=config.settings,
             out_dir=out_dir,
         )
-        tasks = []
-        for task in config.tasks:
-            if task.kind not in left_out:
-                print(f"{task.kind} ...", flush=True)
-                try:
-                    tasks.append(_MODULES[task.kind].run(task, given))
-                except InputError as error:  # the others' numbers stay
-                    left_out[task.kind] = str(error)
+        tasks, failed = _run([task for task in config.tasks if task.kind not in left_out], given)
         if not tasks:
-            raise InputError("; ".join(f"{kind}: {reason}" for kind, reason in left_out.items()))
+            raise InputError("; ".join(f"{kind}: {reason}" for kind, reason in (left_out | failed).items()))
+        earlier = _tasks_of(before, config, leakage)
         result = EvaluationResult(
             model=encoder.info,
             dataset=_dataset_info(data),
             tasks=tuple(sorted([*tasks, *earlier], key=lambda task: list(_MODULES).index(task.task))),
             left_out=left_out,
+            failed=failed,
             leakage=leakage,
             confidence=config.settings.confidence,
             seconds=round(time.monotonic() - started, 1),
@@ -108,10 +106,23 @@ def evaluate(
     return result
 
 
-def _earlier_tasks(encoder: Encoder, data: EvalSet, out_dir: Path, config: EvaluationConfig) -> list[TaskResult]:
-    """What an evaluation of the same model on the same data left here, of the tasks that are not done now."""
+def _run(tasks: Sequence[TaskConfig], given: TaskInput) -> tuple[list[TaskResult], dict[str, str]]:
+    """The results, and by task the error that it ended in."""
+    results: list[TaskResult] = []
+    failed: dict[str, str] = {}
+    for task in tasks:
+        print(f"{task.kind} ...", flush=True)
+        try:
+            results.append(_MODULES[task.kind].run(task, given))
+        except InputError as error:
+            failed[task.kind] = str(error)
+    return results, failed
+
+
+def _result_before(encoder: Encoder, data: EvalSet, out_dir: Path, config: EvaluationConfig) -> EvaluationResult | None:
+    """What an evaluation of the same model on the same data left here."""
     if not (out_dir / RESULT_NAME).is_file():
-        return []
+        return None
     found = read_result(out_dir)
     if found.dataset.digest != data.digest:
         raise InputError(
@@ -120,9 +131,26 @@ def _earlier_tasks(encoder: Encoder, data: EvalSet, out_dir: Path, config: Evalu
         )
     if found.model.digest != encoder.info.digest or found.confidence != config.settings.confidence:
         print(f"{out_dir}: replaces the numbers of {found.model.name} ({found.model.digest}) that were here")
-        return []
+        return None
+    return found
+
+
+def _tasks_of(before: EvaluationResult | None, config: EvaluationConfig, leakage: Leakage | None) -> list[TaskResult]:
+    """Those that are not done now. Their numbers without the overlap hold for one comparison with training data."""
     now = {task.kind for task in config.tasks}
-    return [task for task in found.tasks if task.task not in now]
+    kept = [] if before is None else [task for task in before.tasks if task.task not in now]
+    if before is not None and kept and before.leakage != leakage:
+        names = ", ".join(task.task for task in kept)
+        print(f"{names}: compared with other training data before, or with none; left out, evaluate them again")
+        return []
+    return kept
+
+
+def _layers(config: EvaluationConfig, left_out: Mapping[str, str], with_pictures: bool) -> tuple[str, ...]:
+    """What the tasks, and the pictures of the page, read: all of it comes from one pass over the images."""
+    tasks = [task for task in config.tasks if task.kind not in left_out]
+    of_tasks = [task.layer if isinstance(task, ProbeTask) else JOINT for task in tasks]
+    return tuple(dict.fromkeys([JOINT, *of_tasks] if with_pictures else of_tasks))
 
 
 def _left_out(data: EvalSet, config: EvaluationConfig) -> dict[str, str]:
@@ -134,10 +162,6 @@ def _left_out(data: EvalSet, config: EvaluationConfig) -> dict[str, str]:
     if all(reason is not None for reason in reasons.values()):
         raise InputError(f"{data.name}: nothing to evaluate: " + "; ".join(f"{k}: {r}" for k, r in reasons.items()))
     return {kind: reason for kind, reason in reasons.items() if reason is not None}
-
-
-def _features(encoder: Encoder, data: EvalSet, folder: Path, config: EvaluationConfig, layer: str) -> Floats:
-    return features(encoder, data, layer, folder, config.settings)
 
 
 def _dataset_info(data: EvalSet) -> DatasetInfo:
@@ -182,6 +206,8 @@ def print_result(result: EvaluationResult) -> None:
             print(f"  note: {note}")
     for task_name, reason in result.left_out.items():
         print(f"\n{task_name}: left out: {reason}")
+    for task_name, reason in result.failed.items():
+        print(f"\n{task_name}: FAILED: {reason}")
 
 
 def _cell(metric: Metric) -> str:

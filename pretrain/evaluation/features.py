@@ -1,17 +1,20 @@
 """Features of a data set's images: encoded in chunks that survive a kill, then one file that is memory-mapped.
 
-    FOLDER/MODEL-DATA-LAYER.npy             (N, L) float32, when all rows are there
+    FOLDER/MODEL-DATA-LAYER.npy             (n, L) float32, when all rows are there
+    FOLDER/MODEL-DATA-LAYER.rejected.json   {row: reason} of the images that could not be decoded
     FOLDER/MODEL-DATA-LAYER.chunks/000003.npz   rows 768 ... 1023, until then
 
-A batch holds the same rows whether a run was interrupted or not, so the features are equal bit by bit.
+A batch holds the same rows whether a run was interrupted or not, so the features are equal bit by bit. Layers that are
+asked for together come from one forward.
 
-Shapes: N images, B of a batch, D joint width, L width of a layer.
+Shapes: N images, n that could be decoded, B of a batch, D joint width, L width of a layer.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +27,16 @@ from torch.utils.data import Dataset
 
 from data_prep.config import ImageOptions
 from data_prep.errors import InputError
-from data_prep.files import disk_errors, lock, remove_stale_partials
+from data_prep.files import disk_errors, lock, remove_stale_partials, write_atomically
 from data_prep.images.convert import ImageRejected, decode_image
 from data_prep.progress import Progress
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.reader import from_workers
 from pretrain.data.transforms import decode
 from pretrain.evaluation.config import EvaluationSettings
-from pretrain.evaluation.feature_chunks import CHUNK_ROWS, Chunk, chunk_paths, write_chunk, write_npy
+from pretrain.evaluation.feature_chunks import CHUNK_ROWS, Chunk, chunk_paths, read_rows, write_chunk, write_npy
 from pretrain.evaluation.interfaces import JOINT, Encoder, EvalData
+from pretrain.evaluation.tower_layers import check_layers
 
 _PREFETCH_BATCHES = 2  # by each worker
 _BATCH_SIZE = 64  # where no settings say
@@ -52,23 +56,50 @@ class DecodedBatch:
         return DecodedBatch(self.rows, pinned, self.rejected)
 
 
-def features(
-    encoder: Encoder, data: EvalData, layer: str, folder: Path, settings: EvaluationSettings
-) -> NDArray[np.float32]:
-    """(N, L) of all rows of `data`, in their order; memory-mapped from `folder`, where they are computed once.
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Of the images of a data set that could be decoded, in their order."""
 
-    The name of the file is made of the model's digest, the data set's and the layer: other weights, other rows and
-    another layer never meet. Raises InputError for an image that cannot be decoded, naming its key, and where another
-    process is computing in `folder`.
+    by_layer: dict[str, NDArray[np.float32]]  # layer -> (n, L), memory-mapped
+    rejected: dict[int, str]  # row -> why its image could not be decoded
+
+
+def image_features(
+    encoder: Encoder, data: EvalData, layers: Sequence[str], folder: Path, settings: EvaluationSettings
+) -> ImageFeatures:
+    """Of all rows of `data`, computed once and kept in `folder`.
+
+    The names of the files are made of the model's digest, the data set's and the layer: other weights, other rows and
+    another layer never meet. Raises InputError for a layer that the encoder has not, where no image can be decoded, for
+    a file that is damaged, and where another process is computing in `folder`.
     """
-    stem = f"{encoder.info.digest}-{data.digest}-{layer}"
-    path, chunks_dir = folder / f"{stem}.npy", folder / f"{stem}.chunks"
-    if not path.is_file():
+    stems = {layer: f"{encoder.info.digest}-{data.digest}-{layer}" for layer in layers}
+    paths = {layer: folder / f"{stem}.npy" for layer, stem in stems.items()}
+    ledgers = {layer: folder / f"{stem}.rejected.json" for layer, stem in stems.items()}
+    missing = [layer for layer in layers if not (paths[layer].is_file() and ledgers[layer].is_file())]
+    missing_dirs = {layer: folder / f"{stems[layer]}.chunks" for layer in missing}
+    if missing_dirs:
         with lock(folder / ".lock", "another computation of features"), disk_errors(folder):
             remove_stale_partials(folder)
-            write_npy(path, encode_missing_chunks(encoder, data, layer, chunks_dir, settings, refuse_undecodable=True))
-            shutil.rmtree(chunks_dir)
-    return _mapped(path, len(data.rows))
+            for layer, chunks in encode_missing_chunks(encoder, data, missing_dirs, settings).items():
+                rejected = {row: reason for chunk in chunks for row, reason in read_rows(chunk).rejected.items()}
+                write_atomically(ledgers[layer], json.dumps(rejected).encode())
+                write_npy(paths[layer], chunks)
+                shutil.rmtree(missing_dirs[layer])
+    found = [_read_rejected(path) for path in ledgers.values()]
+    if any(other.keys() != found[0].keys() for other in found):
+        raise InputError(f"{folder}: an image was repaired or damaged between layers; remove it, and all is done anew")
+    num_rows = len(data.rows) - len(found[0])
+    return ImageFeatures({layer: _mapped(path, num_rows) for layer, path in paths.items()}, found[0])
+
+
+def _read_rejected(path: Path) -> dict[int, str]:
+    try:
+        return {int(row): str(reason) for row, reason in json.loads(path.read_bytes()).items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); remove it and the .npy beside it, and both are made anew"
+        ) from None
 
 
 def _mapped(path: Path, num_rows: int) -> NDArray[np.float32]:
@@ -162,37 +193,30 @@ def batches_of(chunks: Iterable[int], num_rows: int, batch_size: int) -> list[ra
 
 
 def encode_missing_chunks(
-    encoder: Encoder,
-    data: EvalData,
-    layer: str,
-    chunks_dir: Path,
-    settings: EvaluationSettings,
-    *,
-    refuse_undecodable: bool,
-) -> list[Path]:
-    """The chunk files of all rows, those computed that were not there.
+    encoder: Encoder, data: EvalData, chunks_dirs: Mapping[str, Path], settings: EvaluationSettings
+) -> dict[str, list[Path]]:
+    """The chunk files of all rows for each layer in its folder, those computed that were not there.
 
-    Raises InputError for a layer that the encoder has not, and, if `refuse_undecodable`, for the first image that
-    cannot be decoded, naming its key.
+    Raises InputError for a layer that the encoder has not, and for no row.
     """
-    if layer not in encoder.layers:
-        raise InputError(f"layer {layer!r}: {encoder.info.name} has {', '.join(encoder.layers)}")
+    check_layers(encoder, chunks_dirs)
     num_rows = len(data.rows)
     if not num_rows:
         raise InputError(f"{data.name}: no image to encode")
-    chunks_dir.mkdir(parents=True, exist_ok=True)
-    paths = chunk_paths(chunks_dir, num_rows)
-    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    for chunks_dir in chunks_dirs.values():
+        chunks_dir.mkdir(parents=True, exist_ok=True)
+    paths = {layer: chunk_paths(chunks_dir, num_rows) for layer, chunks_dir in chunks_dirs.items()}
+    in_turn = enumerate(zip(*paths.values(), strict=True))
+    missing = [number for number, of_layers in in_turn if not all(path.is_file() for path in of_layers)]
     dataset = _DecodedBatches(data, encoder.transform, batches_of(missing, num_rows, settings.batch_size))
     order = range(len(dataset))
     pin = encoder.device.type == "cuda"
-    with Progress(f"encoding images, {layer}", unit="images", total=num_rows) as progress:
+    with Progress(f"encoding images, {' + '.join(paths)}", unit="images", total=num_rows) as progress:
         progress.advance(num_rows - sum(len(batch) for batch in dataset.batches))
         batches = _each(from_workers(dataset, order, settings.num_workers, _PREFETCH_BATCHES, pin), progress)
-        if refuse_undecodable:
-            batches = _refusing(batches, data)
-        for number, chunk in encode_chunks(encoder, batches, layer, num_rows):
-            write_chunk(paths[number], chunk)
+        for number, chunks in encode_chunks(encoder, batches, tuple(paths), num_rows):
+            for layer, chunk in chunks.items():
+                write_chunk(paths[layer][number], chunk)
     return paths
 
 
@@ -202,30 +226,27 @@ def _each(batches: Iterable[DecodedBatch], progress: Progress) -> Iterator[Decod
         progress.advance(len(batch.rows) + len(batch.rejected))
 
 
-def _refusing(batches: Iterable[DecodedBatch], data: EvalData) -> Iterator[DecodedBatch]:
-    for batch in batches:
-        for row, reason in batch.rejected.items():
-            raise InputError(
-                f"{data.name}: image {data.rows[row].key}: {reason}; repair or remove it "
-                "(`dermvlp embed` lists all that cannot be used)"
-            )
-        yield batch
-
-
 def encode_chunks(
-    encoder: Encoder, batches: Iterable[DecodedBatch], layer: str, num_rows: int
-) -> Iterator[tuple[int, Chunk]]:
-    """(number, chunk) of each chunk whose last row has come. Batches come in the order of their rows."""
+    encoder: Encoder, batches: Iterable[DecodedBatch], layers: Sequence[str], num_rows: int
+) -> Iterator[tuple[int, dict[str, Chunk]]]:
+    """(number, layer -> chunk) of each chunk whose last row has come. Batches come in the order of their rows."""
     rows: list[int] = []
-    parts: list[Tensor] = []
+    parts: list[dict[str, Tensor]] = []
     rejected: dict[int, str] = {}
     for batch in batches:
         if batch.image_BCHW is not None:
-            parts.append(encoder.encode_pixels(batch.image_BCHW, layer))
+            parts.append(encoder.encode_layers(batch.image_BCHW, layers))
         rows += batch.rows
         rejected |= batch.rejected
         last = max((*batch.rows, *batch.rejected))
         if (last + 1) % CHUNK_ROWS == 0 or last + 1 == num_rows:
-            whole = torch.cat(parts).numpy() if parts else np.zeros((0, 0), np.float32)
-            yield last // CHUNK_ROWS, Chunk(np.array(rows, dtype=np.int64), whole, rejected)
+            yield (
+                last // CHUNK_ROWS,
+                {layer: _chunk(rows, [part[layer] for part in parts], rejected) for layer in layers},
+            )
             rows, parts, rejected = [], [], {}
+
+
+def _chunk(rows: Sequence[int], parts: Sequence[Tensor], rejected: dict[int, str]) -> Chunk:
+    whole = torch.cat(list(parts)).numpy() if parts else np.zeros((0, 0), np.float32)
+    return Chunk(np.array(rows, dtype=np.int64), whole, rejected)

@@ -41,11 +41,15 @@ class Encoder(Protocol):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """`joint`, `tower`, and the names of further layers that `encode_pixels` can give."""
+        """`joint`, `tower`, and the names of further layers that can be encoded."""
         ...
 
     def encode_pixels(self, image_BCHW: Tensor, layer: str = JOINT) -> Tensor:
         """(B, D) unit vectors for `joint`, else (B, L); float32, on the CPU."""
+        ...
+
+    def encode_layers(self, image_BCHW: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """As `encode_pixels`, of several layers from one forward."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -117,7 +121,7 @@ class TaskInput:
 
     encoder: Encoder
     data: EvalData
-    features: Callable[[str], NDArray[np.float32]]  # layer -> (N, L) of all rows, in their order; computed once, cached
+    features: Callable[[str], NDArray[np.float32]]  # layer -> (N, L) of all rows, in their order
     overlap_N: NDArray[np.bool_] | None  # rows that the training data holds too; None: not compared
     settings: EvaluationSettings
     out_dir: Path

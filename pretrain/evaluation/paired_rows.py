@@ -1,6 +1,6 @@
 """The tables of rows of an evaluation as a paired test needs them: one output a row, and the statistic of all rows.
 
-Shapes: N rows of the table.
+Shapes: N rows of the table, K concepts.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ class PairedRows:
 
     keys: Sequence[tuple[str, ...]]  # N, distinct
     patients: Sequence[str | None]  # N
-    truth_N: NDArray[np.int64]  # class, or direction: what is kept when rows are resampled
-    output_N: NDArray[Any]  # in a unit that all models share
+    truth: NDArray[np.int64]  # (N,) class, or direction; (N, K) for concepts
+    output: NDArray[Any]  # (N,) or (N, K), in a unit that all models share
     statistic: Callable[..., float]
-    what: tuple[str, ...]  # names behind the codes of `truth_N`, such as the classes: equal, or not to be compared
+    what: tuple[str, ...]  # names behind the codes of `truth`, such as the classes: equal, or not to be compared
+    strata_N: NDArray[np.int64]  # how many rows of each are kept when rows are resampled
 
 
 def read_rows(folder: Path, result: TaskResult) -> PairedRows | None:
@@ -47,7 +48,7 @@ def read_rows(folder: Path, result: TaskResult) -> PairedRows | None:
     path, rows = found
     if len(set(rows.keys)) < len(rows.keys):
         raise InputError(f"{path}: a row is there twice; evaluate again")
-    stated, computed = result.metrics[result.primary].value, rows.statistic(rows.truth_N, rows.output_N)
+    stated, computed = result.metrics[result.primary].value, rows.statistic(rows.truth, rows.output)
     if stated is None:
         return None
     if abs(stated - computed) > 1e-6:
@@ -73,7 +74,7 @@ def _zero_shot(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | No
         statistic = _auroc_of_ranks
     else:
         return None
-    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), label_N, output_N, statistic, classnames)
+    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), label_N, output_N, statistic, classnames, label_N)
 
 
 def _retrieval(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
@@ -89,7 +90,9 @@ def _retrieval(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | No
     found_N = np.mean([rank_N <= k for k in ks], axis=0)
     direction_N = _codes(path, rows, 0, directions)
     what = (*directions, *map(str, sorted(ks)))
-    return path, PairedRows(_keys(rows, 0, 1), _patients(rows, 2), direction_N, found_N, _mean_of_kinds, what)
+    return path, PairedRows(
+        _keys(rows, 0, 1), _patients(rows, 2), direction_N, found_N, _mean_of_kinds, what, direction_N
+    )
 
 
 def _probe(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
@@ -118,10 +121,11 @@ def _probe(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
         keys=_keys(rows, 1, 2),
         # an image without a known patient is one unit, not one for each seed
         patients=[row[3] or f"key {row[2]}" for row in rows],
-        truth_N=seed_N * len(classnames) + label_N,
-        output_N=predicted_N,
+        truth=seed_N * len(classnames) + label_N,
+        output=predicted_N,
         statistic=mean_over_seeds,
         what=(*classnames, *seeds),
+        strata_N=seed_N * len(classnames) + label_N,
     )
 
 
@@ -131,7 +135,34 @@ def _multiple_choice(folder: Path, result: TaskResult) -> tuple[Path, PairedRows
     path = folder / "multiple_choice_answers.csv"
     _, rows = read_table(path, ("key", "patient", "answer", "predicted"))
     right_N = np.array([row[2] == row[3] for row in rows], dtype=np.float64)
-    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), np.zeros(len(rows), dtype=np.int64), right_N, _mean, ())
+    all_N = np.zeros(len(rows), dtype=np.int64)
+    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), all_N, right_N, _mean, (), all_N)
+
+
+def _concepts(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
+    """Of an image and each concept of the mean, the rank of its score; annotations are kept of the scarcest concept."""
+    in_mean = result.settings.get("concepts_in_mean")
+    if not isinstance(in_mean, tuple) or not in_mean:
+        return None
+    path = folder / "concept_scores.csv"
+    header, rows = read_table(path, ("key", "patient"))
+    num_concepts = (len(header) - 2) // 2
+    concepts = header[2 : 2 + num_concepts]
+    if header[2 + num_concepts :] != [f"{c}:present" for c in concepts] or not {*in_mean} <= {*concepts}:
+        raise InputError(f"{path}: does not say which image shows which concept; evaluate again")
+    columns = [2 + concepts.index(str(concept)) for concept in in_mean]
+    present_NK = np.stack([_present(path, rows, column + num_concepts) for column in columns], axis=1)
+    score_NK = np.stack([_floats(path, rows, column) for column in columns], axis=1)
+    scarcer_K = np.minimum((present_NK == 1).sum(axis=0), (present_NK == 0).sum(axis=0))
+    return path, PairedRows(
+        keys=_keys(rows, 0),
+        patients=_patients(rows, 1),
+        truth=present_NK,
+        output=(2 * rankdata(score_NK, axis=0)).astype(np.int64),
+        statistic=_mean_auroc_of_ranks,
+        what=tuple(map(str, in_mean)),
+        strata_N=present_NK[:, scarcer_K.argmin()],
+    )
 
 
 def _hierarchy(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
@@ -139,13 +170,14 @@ def _hierarchy(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | No
     _, rows = read_table(path, ("key", "patient", "label", "predicted", result.primary))
     classnames = tuple(sorted({row[2] for row in rows}))
     label_N, distance_N = _codes(path, rows, 2, classnames), _floats(path, rows, 4)
-    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), label_N, distance_N, _mean, classnames)
+    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), label_N, distance_N, _mean, classnames, label_N)
 
 
 _READERS: dict[str, Callable[[Path, TaskResult], tuple[Path, PairedRows] | None]] = {
     "zero_shot": _zero_shot,
     "retrieval": _retrieval,
     "probe": _probe,
+    "concepts": _concepts,
     "multiple_choice": _multiple_choice,
     "hierarchy": _hierarchy,
 }
@@ -165,6 +197,20 @@ def _auroc_of_ranks(label_N: Ints, double_rank_N: Ints) -> float:
     negative, positive = (np.bincount(double_rank_N[label_N == code], minlength=size) for code in (0, 1))
     num_below = np.cumsum(negative) - negative / 2  # a tie counts one half
     return float(positive @ num_below / (positive.sum() * negative.sum()))
+
+
+def _mean_auroc_of_ranks(present_NK: Ints, double_rank_NK: Ints) -> float:
+    """Over the concepts that the rows define: some show it, others do not."""
+    kept = [
+        (present_N >= 0, present_N, rank_N) for present_N, rank_N in zip(present_NK.T, double_rank_NK.T, strict=True)
+    ]
+    defined = [(present_N[k], rank_N[k]) for k, present_N, rank_N in kept if 0 in present_N and 1 in present_N]
+    return float(np.mean([_auroc_of_ranks(present_N, rank_N) for present_N, rank_N in defined]))
+
+
+def _present(path: Path, rows: Sequence[Sequence[str]], column: int) -> NDArray[np.int64]:
+    """1, 0, and -1 for an empty cell: not annotated."""
+    return _codes(path, rows, column, ("", "0", "1")) - 1
 
 
 def _keys(rows: Sequence[Sequence[str]], *columns: int) -> list[tuple[str, ...]]:

@@ -110,6 +110,7 @@ def write_evaluation_report(folder: Path, extras: ReportExtras | None = None) ->
         tasks=[_task_view(task, result.leakage, folder) for task in result.tasks],
         primary=_primary_table(result),
         left_out={TASK_TITLES.get(task, task): reason for task, reason in result.left_out.items()},
+        failed={TASK_TITLES.get(task, task): reason for task, reason in result.failed.items()},
         extras=extras or ReportExtras(),
         origin=_origin(result),
     )

@@ -7,7 +7,7 @@ An evaluation is one model on one data set. Its folder:
     zero_shot_probabilities.csv      key, patient, label, predicted, then a column a class; a row an image
     retrieval_ranks.csv              direction, key, patient, rank (from 1)
     probe_predictions.csv            share, seed, key, patient, label, predicted
-    concept_scores.csv               key, patient, then a column a concept
+    concept_scores.csv               key, patient, a column a concept, then CONCEPT:present (1, 0, or empty)
     multiple_choice_answers.csv      key, patient, answer, predicted, then a column an option
     hierarchy_predictions.csv        key, patient, label, predicted, tree_distance, then a column a level
     rejected.jsonl                   what could not be used, each with its reason
@@ -162,6 +162,7 @@ class EvaluationResult(Frozen):
     dataset: DatasetInfo
     tasks: tuple[TaskResult, ...] = Field(min_length=1)
     left_out: dict[str, str] = Field(default_factory=dict)  # task -> why the data set has nothing for it
+    failed: dict[str, str] = Field(default_factory=dict)  # task -> the error that it ended in
     leakage: Leakage | None = None  # None: not compared
     confidence: float = 0.95
     seconds: float

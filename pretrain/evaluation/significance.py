@@ -53,9 +53,9 @@ def paired_difference(
     (Good, 2005). All swaps are tried where the outputs differ on so few groups that there are no more than
     `num_permutations`; then p is exact.
 
-    first, second: (N,) outputs in one unit: predicted classes, hits, ranks. Scores of two models have no common unit:
-    give their ranks, which leave AUROC as it is (Venkatraman & Begg, 1996). groups, strata, errors: as for
-    `bootstrap_interval`.
+    first, second: (N,) or (N, K) outputs in one unit: predicted classes, hits, ranks. Scores of two models have no
+    common unit: give their ranks, which leave AUROC as it is (Venkatraman & Begg, 1996). groups, strata, errors: as
+    for `bootstrap_interval`.
     """
 
     def difference(*arrays: NDArray[Any]) -> float:
@@ -73,11 +73,11 @@ def paired_difference(
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     tail = min(np.sum(draws <= _ROUNDING), np.sum(draws >= -_ROUNDING))
     p_bootstrap = min(1.0, 2 * (tail + 1) / (num_resamples + 1))
-    differing = np.unique(codes[first != second])
+    differing = np.unique(codes[(first != second).reshape(len(first), -1).any(axis=1)])
     is_exact = len(differing) <= np.log2(num_permutations)
     num_extreme = num_swaps = 0
     for swapped in _swaps(differing, num_groups, None if is_exact else num_permutations, seed):
-        swap = swapped[codes]
+        swap = swapped[codes].reshape(-1, *[1] * (first.ndim - 1))
         drawn = difference(*shared, np.where(swap, second, first), np.where(swap, first, second))
         num_extreme += abs(drawn) >= abs(value) - _ROUNDING
         num_swaps += 1

@@ -11,7 +11,8 @@ Shapes: B images, T tokens, W tower width, L width of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,10 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from pretrain.evaluation.interfaces import TOWER
+from data_prep.errors import InputError
+from pretrain.evaluation.interfaces import TOWER, Encoder
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class Tap:
     module: nn.Module
     is_input: bool  # of the module; else its output
     to_features: Callable[[Tensor], Tensor]  # of what passes there, to (B, L)
+
+
+def check_layers(encoder: Encoder, layers: Iterable[str]) -> None:
+    """Raises InputError, with the layers that there are, for one that the image tower has not."""
+    for layer in layers:
+        if layer not in encoder.layers:
+            numbered = sum(name.startswith("block.") for name in encoder.layers)
+            named = ", ".join(name for name in encoder.layers if not name.startswith("block."))
+            blocks = f", block.0 to block.{numbered - 1}" if numbered else ""
+            raise InputError(f"layer {layer!r}: {encoder.info.name} has {named}{blocks}")
 
 
 def layer_taps(visual: nn.Module) -> dict[str, Tap]:
@@ -78,22 +91,23 @@ def _one_vector(x: Tensor) -> Tensor:
     return x.flatten(1)
 
 
-def read_layer(visual: nn.Module, image_BCHW: Tensor, tap: Tap) -> Tensor:
-    """(B, L) from one forward of the whole tower."""
-    passed: list[Tensor] = []
+def read_layers(visual: nn.Module, image_BCHW: Tensor, taps: Mapping[str, Tap]) -> tuple[Any, dict[str, Tensor]]:
+    """What the whole tower gives, and (B, L) of each layer, from one forward."""
+    passed: dict[str, Tensor] = {}
 
-    def keep_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        passed.append(inputs[0])
+    def hook(layer: str, tap: Tap) -> RemovableHandle:
+        def keep_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            passed[layer] = inputs[0]
 
-    def keep_output(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        passed.append(output)
+        def keep_output(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            passed[layer] = output
 
-    if tap.is_input:
-        handle = tap.module.register_forward_pre_hook(keep_input)
-    else:
-        handle = tap.module.register_forward_hook(keep_output)
-    try:
-        visual(image_BCHW)
-    finally:
-        handle.remove()
-    return tap.to_features(passed[-1])
+        if tap.is_input:
+            return tap.module.register_forward_pre_hook(keep_input)
+        return tap.module.register_forward_hook(keep_output)
+
+    with ExitStack() as hooks:
+        for layer, tap in taps.items():
+            hooks.callback(hook(layer, tap).remove)
+        output = visual(image_BCHW)
+    return output, {layer: tap.to_features(passed[layer]) for layer, tap in taps.items()}

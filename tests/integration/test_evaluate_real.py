@@ -26,7 +26,7 @@ from pretrain.cli import main
 from pretrain.evaluation.config import TASKS, EvaluationSettings, HierarchyTask
 from pretrain.evaluation.datasets import open_data
 from pretrain.evaluation.encoders import load_encoder
-from pretrain.evaluation.features import features
+from pretrain.evaluation.features import image_features
 from pretrain.evaluation.interfaces import TaskInput
 from pretrain.evaluation.leakage import overlap
 from pretrain.evaluation.results import Metric, TaskResult
@@ -66,7 +66,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Rea
     given = TaskInput(
         encoder=encoder,
         data=data,
-        features=lambda layer: features(encoder, data, layer, folder / "features", settings),
+        features=lambda layer: image_features(encoder, data, (layer,), folder / "features", settings).by_layer[layer],
         overlap_N=overlap_N,
         settings=settings,
         out_dir=out_dir,

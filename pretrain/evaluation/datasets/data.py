@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_prep.errors import InputError
+from data_prep.files import write_atomically
 from data_prep.images.convert import ImageRejected, read_image
 from data_prep.salt import hash_group, salt_of_environment
 from data_prep.sources.base import ImageReference, Rejection
@@ -18,7 +19,7 @@ from data_prep.sources.values import Tally
 from pretrain.evaluation.datasets.description import EvalDataConfig, ShardsData, fold
 from pretrain.evaluation.datasets.sources import read_items
 from pretrain.evaluation.datasets.values import Item
-from pretrain.evaluation.interfaces import Row
+from pretrain.evaluation.interfaces import EvalData, Row
 
 _MAX_NAMED = 10  # values that a message repeats: of a column that was taken for another there would be thousands
 _LEFT_OUT = "left out by the description"
@@ -38,6 +39,20 @@ class EvalSet:
     shards_dir: Path | None = None  # where the rows are those of prepared shards, ...
     positions: tuple[int, ...] = field(default=(), repr=False)  # ... and each row's place in their index
 
+    def without(self, reason_of: Mapping[int, str]) -> EvalSet:
+        """The same set, by its digest too, but for some rows (position -> reason), which join the rejected ones."""
+        if not reason_of:
+            return self
+        kept = [position for position in range(len(self.rows)) if position not in reason_of]
+        return replace(
+            self,
+            rows=tuple(self.rows[position] for position in kept),
+            images=tuple(self.images[position] for position in kept),
+            positions=tuple(self.positions[position] for position in kept) if self.positions else (),
+            rejected=(*self.rejected, *undecodable(self, reason_of)),
+            notes=(*self.notes, f"images that could not be decoded: {len(reason_of)}"),
+        )
+
     def read_image(self, position: int) -> bytes:
         """The bytes of one image file. Raises InputError, naming the row by its key."""
         try:
@@ -46,6 +61,19 @@ class EvalSet:
             raise InputError(
                 f"{self.name}: {self.rows[position].key}: {problem}; put the image back or take its row out"
             ) from None
+
+
+def undecodable(data: EvalData, reason_of: Mapping[int, str]) -> list[dict[str, str]]:
+    """Lines of the ledger. reason_of: position -> why its image could not be decoded."""
+    return [
+        {"key": data.rows[position].key, "field": "image", "reason": reason} for position, reason in reason_of.items()
+    ]
+
+
+def write_rejected(path: Path, rejected: Iterable[Mapping[str, str]]) -> None:
+    """A line of JSON for each row and image of a data set that cannot be used."""
+    lines = [json.dumps(dict(row), ensure_ascii=False) for row in rejected]
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def read_data(config: EvalDataConfig) -> EvalSet:

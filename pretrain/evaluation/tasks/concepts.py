@@ -51,9 +51,8 @@ def run(task: ConceptsTask, given: TaskInput) -> TaskResult:
     synonyms, unlisted = find_synonyms(concepts, terms_path)
     prompts = encode_prompts(given.encoder.encode_texts, synonyms)
     score_NK = concept_scores(np.asarray(given.features(JOINT))[positions], prompts)
-    write_scores(given.out_dir / "concept_scores.csv", rows, concepts, score_NK)
-
     present_NK = _annotations(rows, concepts)
+    write_scores(given.out_dir / "concept_scores.csv", rows, concepts, score_NK, present_NK)
     scarcer_K = _num_scarcer(present_NK)
     in_mean_K = scarcer_K >= task.min_images
     overlap_N = None if given.overlap_N is None else given.overlap_N[positions]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,8 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from data_prep.errors import InputError
 from pretrain.evaluation.compare import Comparison, compare
-from pretrain.evaluation.config import ZeroShotTask
+from pretrain.evaluation.config import ConceptsTask, ZeroShotTask
+from pretrain.evaluation.interfaces import Row
 from pretrain.evaluation.results import (
     DatasetInfo,
     EvaluationResult,
@@ -20,7 +24,7 @@ from pretrain.evaluation.results import (
     write_result,
 )
 from pretrain.evaluation.tables import write_table
-from pretrain.evaluation.tasks import zero_shot
+from pretrain.evaluation.tasks import concepts, zero_shot
 from tests.unit.evaluation.open_clip_set import make_input, make_rows, renamed, write_evaluation
 
 
@@ -143,8 +147,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_task_without_a_table_for_it_is_noted(tmp_path: Path) -> None:
-    concepts = [made_up_task("concepts", "mean_auroc", value) for value in (0.6, 0.7)]
-    found = compare([made_up(tmp_path / name, name, task) for name, task in zip("ab", concepts, strict=True)])
+    tasks = [made_up_task("concepts", "mean_auroc", value) for value in (0.6, 0.7)]
+    found = compare([made_up(tmp_path / name, name, task) for name, task in zip("ab", tasks, strict=True)])
     assert found.differences == () and "concepts: the tables do not hold what mean_auroc needs" in found.notes[0]
 
 
@@ -245,6 +249,51 @@ def test_auroc_of_two_classes_counts_ties_as_one_half(tmp_path: Path) -> None:
         write_table(folders[-1] / "zero_shot_probabilities.csv", ("key", "patient", "label", "predicted", *names), rows)
     (difference,) = compare(folders).differences
     assert difference.value.value == pytest.approx(values[1] - values[0], abs=1e-12)
+
+
+def with_concepts(num_images: int) -> list[Row]:
+    """Ulcer is known of all images and rare; scale of every second one; crust is shown by all that are annotated."""
+    rng = np.random.default_rng(5)
+    rows = []
+    for number, row in enumerate(make_rows(num_images)):
+        concepts = {"ulcer": bool(rng.random() < 0.2)}
+        if number % 2:
+            concepts |= {"scale": bool(rng.random() < 0.5), "crust": True}
+        rows.append(replace(row, concepts=concepts))
+    return rows
+
+
+def test_concepts_are_compared_by_the_ranks_of_their_scores(tmp_path: Path) -> None:
+    rows, folders, values = with_concepts(80), [], []
+    for model in range(2):
+        given = make_input(tmp_path / str(model), rows, model_seed=model)
+        result = concepts.run(ConceptsTask(), given)
+        folders.append(write_evaluation(given, result))
+        with (given.out_dir / "concept_scores.csv").open(newline="") as file:
+            table = list(csv.DictReader(file))
+        aurocs = []
+        for name in ("ulcer", "scale"):
+            known = [line for line in table if line[f"{name}:present"]]
+            aurocs.append(roc_auc_score([int(r[f"{name}:present"]) for r in known], [float(r[name]) for r in known]))
+        values.append(float(np.mean(aurocs)))
+        assert result.metrics["mean_auroc"].value == pytest.approx(values[-1], abs=1e-12)
+    found = compare(folders, num_resamples=200, num_permutations=200)
+    (difference,) = found.differences
+    assert (difference.task, difference.metric, difference.num_patients) == ("concepts", "mean_auroc", 40)
+    assert difference.value.value == pytest.approx(values[1] - values[0], abs=1e-9)
+    assert difference.value.low < difference.value.value < difference.value.high and found.notes == ()
+    assert 0 < difference.p.permutation <= 1
+
+    copy = shutil.copytree(folders[0], tmp_path / "copy")  # the same scores by another model: nothing differs
+    text = (copy / "evaluation.json").read_text().replace('"tiny 0"', '"twin"').replace("0" * 16, "f" * 16)
+    (copy / "evaluation.json").write_text(text)
+    (same,) = compare([folders[0], copy], num_resamples=50, num_permutations=50).differences
+    assert same.value.value == 0 and same.p.permutation == 1 and same.better is None
+
+    path = copy / "concept_scores.csv"
+    path.write_text(path.read_text().replace(":present", ":shown"))
+    with pytest.raises(InputError, match="does not say which image shows which concept; evaluate again"):
+        compare([folders[0], copy])
 
 
 def test_damaged_tables_are_refused(tmp_path: Path) -> None:

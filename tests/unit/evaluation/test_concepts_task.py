@@ -161,10 +161,13 @@ def test_the_table_holds_the_scores(tmp_path: Path) -> None:
     result = concepts.run(TASK, task_input(rows, images, tmp_path))
     with (tmp_path / "concept_scores.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert list(lines[0]) == ["key", "patient", "Ulcer", "fissure", "gray", "glow"]
+    names = ["Ulcer", "fissure", "gray", "glow"]
+    assert list(lines[0]) == ["key", "patient", *names, *(f"{name}:present" for name in names)]
     assert [(line["key"], line["patient"]) for line in lines] == [(row.key, row.patient) for row in rows]
     own = [i for i, row in enumerate(rows) if "fissure" in row.concepts]
     truth = [rows[i].concepts["fissure"] for i in own]
+    assert [lines[i]["fissure:present"] for i in own] == [str(int(shown)) for shown in truth]
+    assert all(line["fissure:present"] == "" for i, line in enumerate(lines) if i not in own)
     again = roc_auc_score(truth, [float(lines[i]["fissure"]) for i in own])
     assert again == pytest.approx(result.per_class["fissure"].value, abs=1e-12)
 

@@ -21,7 +21,7 @@ from data_prep.errors import InputError
 from pretrain.config import TrainConfig
 from pretrain.evaluation.encoders import load_encoder, untrained_encoder
 from pretrain.evaluation.interfaces import JOINT, TOWER, Encoder
-from pretrain.evaluation.tower_layers import layer_taps, read_layer
+from pretrain.evaluation.tower_layers import layer_taps, read_layers
 from pretrain.models.image_towers import expose_tokens
 from tests.unit.evaluation.models import MODELS, NEEDS_TOKENIZER, picture, save_model
 
@@ -240,7 +240,7 @@ def test_a_config_cannot_ask_for_code_of_its_own(tmp_path: Path) -> None:
 
 def tower_of(visual: torch.nn.Module, image_BCHW: Tensor, layer: str) -> Tensor:
     with torch.no_grad():
-        return read_layer(visual, image_BCHW, layer_taps(visual)[layer])
+        return read_layers(visual, image_BCHW, {layer: layer_taps(visual)[layer]})[1][layer]
 
 
 @pytest.mark.parametrize("kind", ["clip", "coca"])

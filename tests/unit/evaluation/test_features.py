@@ -20,7 +20,7 @@ from pretrain.evaluation import embed_images, load_encoder
 from pretrain.evaluation.config import EvaluationSettings
 from pretrain.evaluation.encoders import OpenClipEncoder
 from pretrain.evaluation.feature_chunks import CHUNK_ROWS
-from pretrain.evaluation.features import batches_of, features, shard_features
+from pretrain.evaluation.features import batches_of, image_features, shard_features
 from tests.unit.evaluation.models import MODELS, Pictures, encoded, picture, save_model
 
 SETTINGS = EvaluationSettings(batch_size=48, num_workers=0)  # 48 does not divide a chunk
@@ -35,6 +35,10 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> OpenClipEncoder:
 @pytest.fixture(scope="module")
 def images() -> list[bytes]:
     return [encoded(picture(seed)) for seed in range(NUM_IMAGES)]
+
+
+def joint(encoder: OpenClipEncoder, data: Pictures, folder: Path) -> np.ndarray:
+    return image_features(encoder, data, ("joint",), folder, SETTINGS).by_layer["joint"]
 
 
 def directly(encoder: OpenClipEncoder, images: list[bytes]) -> np.ndarray:
@@ -56,26 +60,25 @@ def test_equal_a_direct_computation_and_are_read_once(
     encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path
 ) -> None:
     data = Pictures(images)
-    found = features(encoder, data, "joint", tmp_path, SETTINGS)
+    found = joint(encoder, data, tmp_path)
     assert isinstance(found, np.memmap) and found.dtype == np.float32
     assert np.abs(found - directly(encoder, images)).max() < 1e-6
     assert data.read == list(range(NUM_IMAGES))
-    assert np.array_equal(features(encoder, data, "joint", tmp_path, SETTINGS), found)
+    assert np.array_equal(joint(encoder, data, tmp_path), found)
     assert len(data.read) == NUM_IMAGES  # not once more
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == [
-        f"{encoder.info.digest}-{data.digest}-joint.npy"
-    ]
+    stem = f"{encoder.info.digest}-{data.digest}-joint"
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", f"{stem}.npy", f"{stem}.rejected.json"}
 
 
 def test_an_interrupted_run_goes_on_and_ends_bit_equal(
     encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        features(encoder, Interrupted(images), "joint", tmp_path / "resumed", SETTINGS)
+        joint(encoder, Interrupted(images), tmp_path / "resumed")
     data = Pictures(images)
-    resumed = features(encoder, data, "joint", tmp_path / "resumed", SETTINGS)
+    resumed = joint(encoder, data, tmp_path / "resumed")
     assert data.read == list(range(CHUNK_ROWS, NUM_IMAGES))
-    whole = features(encoder, Pictures(images), "joint", tmp_path / "whole", SETTINGS)
+    whole = joint(encoder, Pictures(images), tmp_path / "whole")
     assert np.array_equal(resumed, whole)
 
 
@@ -83,21 +86,49 @@ def test_other_layers_data_and_weights_do_not_meet(
     encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path
 ) -> None:
     few = images[:3]
-    first = features(encoder, Pictures(few), "joint", tmp_path, SETTINGS)
-    tower = features(encoder, Pictures(few), "tower", tmp_path, SETTINGS)
-    other = features(encoder, Pictures(few[::-1], digest="f" * 16), "joint", tmp_path, SETTINGS)
+    first = joint(encoder, Pictures(few), tmp_path)
+    tower = image_features(encoder, Pictures(few), ("tower",), tmp_path, SETTINGS).by_layer["tower"]
+    other = joint(encoder, Pictures(few[::-1], digest="f" * 16), tmp_path)
     assert not np.allclose(first, tower) and np.allclose(first, other[::-1], atol=1e-6)
     assert len(list(tmp_path.glob("*.npy"))) == 3
     with pytest.raises(InputError, match="layer 'no'"):
-        features(encoder, Pictures(few), "no", tmp_path, SETTINGS)
+        image_features(encoder, Pictures(few), ("no",), tmp_path, SETTINGS)
 
 
-def test_an_image_that_cannot_be_decoded_is_named_by_its_key(
+def test_layers_together_are_those_of_one_layer_each_from_one_pass(
+    encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path
+) -> None:
+    data = Pictures(images)
+    forwards = 0
+
+    def count(*_: object) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    layers = ("joint", "tower", "block.0")
+    with pytest.raises(KeyboardInterrupt):
+        image_features(encoder, Interrupted(images), layers, tmp_path / "together", SETTINGS)
+    handle = encoder.model.visual.register_forward_hook(count)
+    together = image_features(encoder, data, layers, tmp_path / "together", SETTINGS).by_layer
+    handle.remove()
+    assert data.read == list(range(CHUNK_ROWS, NUM_IMAGES)) and forwards == 1
+    for layer in layers:
+        alone = image_features(encoder, data, (layer,), tmp_path / layer, SETTINGS).by_layer[layer]
+        assert np.array_equal(together[layer], alone)
+
+
+def test_an_image_that_cannot_be_decoded_is_left_out_with_its_reason(
     encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path
 ) -> None:
     data = Pictures([*images[:4], images[4][:-200], *images[5:8]])
-    with pytest.raises(InputError, match=r"pictures: image key-0004: truncated or corrupt"):
-        features(encoder, data, "joint", tmp_path, SETTINGS)
+    for _ in range(2):  # computed, and read again
+        found = image_features(encoder, data, ("joint", "tower"), tmp_path, SETTINGS)
+        assert list(found.rejected) == [4] and "truncated or corrupt" in found.rejected[4]
+        assert np.abs(found.by_layer["joint"] - directly(encoder, images[:4] + images[5:8])).max() < 1e-6
+        assert len(found.by_layer["tower"]) == 7
+    (tmp_path / f"{encoder.info.digest}-{data.digest}-tower.rejected.json").write_text("{}")
+    with pytest.raises(InputError, match="repaired or damaged between layers"):
+        image_features(encoder, data, ("joint", "tower"), tmp_path, SETTINGS)
 
 
 def test_a_file_that_cannot_be_read_is_not_named(encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path) -> None:
@@ -105,11 +136,14 @@ def test_a_file_that_cannot_be_read_is_not_named(encoder: OpenClipEncoder, image
 
     class Gone(Pictures):
         def read_image(self, position: int) -> bytes:
-            raise FileNotFoundError(2, "No such file", "/data/Jane Doe.jpg")
+            if position == 1:
+                raise FileNotFoundError(2, "No such file", "/data/Jane Doe.jpg")
+            return super().read_image(position)
 
-    with pytest.raises(InputError, match="image key-0000: the image file cannot be read") as caught:
-        features(encoder, Gone(images[:2]), "joint", tmp_path, SETTINGS)
-    assert "Jane" not in str(caught.value)
+    found = image_features(encoder, Gone(images[:2]), ("joint",), tmp_path, SETTINGS)
+    assert found.rejected == {1: "the image file cannot be read"}
+    with pytest.raises(InputError, match="no image could be decoded"):
+        joint(encoder, Pictures([b"no image"]), tmp_path / "none")
 
 
 def test_files_that_were_damaged_are_named_with_the_remedy(
@@ -117,14 +151,18 @@ def test_files_that_were_damaged_are_named_with_the_remedy(
 ) -> None:
     stem = f"{encoder.info.digest}-{Pictures(images).digest}-joint"
     with pytest.raises(KeyboardInterrupt):
-        features(encoder, Interrupted(images), "joint", tmp_path, SETTINGS)
+        joint(encoder, Interrupted(images), tmp_path)
     chunk = tmp_path / f"{stem}.chunks" / "000000.npz"
     chunk.write_bytes(chunk.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"000000\.npz: cannot be read .*; remove it"):
-        features(encoder, Pictures(images), "joint", tmp_path, SETTINGS)
+        joint(encoder, Pictures(images), tmp_path)
     np.save(tmp_path / f"{stem}.npy", np.zeros((5, 2), np.float32))
+    (tmp_path / f"{stem}.rejected.json").write_text("{")
+    with pytest.raises(InputError, match=r"rejected\.json: cannot be read .*; remove it"):
+        joint(encoder, Pictures(images), tmp_path)
+    (tmp_path / f"{stem}.rejected.json").write_text("{}")
     with pytest.raises(InputError, match=f"not the features of {NUM_IMAGES} images; remove it"):
-        features(encoder, Pictures(images), "joint", tmp_path, SETTINGS)
+        joint(encoder, Pictures(images), tmp_path)
 
 
 def test_batches_end_with_their_chunk() -> None:
