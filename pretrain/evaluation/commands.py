@@ -117,7 +117,7 @@ def _run_of(model: str) -> Path | None:
     path = Path(model)
     if (path / "checkpoints").is_dir():
         return path
-    return path.parent.parent if path.is_dir() and path.parent.name == "checkpoints" else None
+    return path.parent.parent if path.parent.is_dir() and path.parent.name == "checkpoints" else None
 
 
 def _out_dir(model: str, data: str) -> Path:

@@ -40,6 +40,7 @@ from pretrain.models.dual_encoder import DualEncoder
 from pretrain.models.open_clip_config import FOLDER_PREFIX, HUB_PREFIX
 from pretrain.models.weights import read_state_dict
 from pretrain.train.checkpoint import checkpoint_config, list_checkpoints
+from pretrain.train.retention import read_meta, step_of
 from pretrain.train.state import build_dual_encoder
 
 _TEXTS_PER_BATCH = 64
@@ -124,8 +125,8 @@ def _first(output: Any) -> Tensor:
 
 
 def load_encoder(name: str | Path) -> OpenClipEncoder:
-    """A run (its newest checkpoint), one checkpoint, an exported folder, `local-dir:FOLDER`, `hf-hub:ORG/NAME`, or
-    open_clip's `MODEL/TAG` (`MODEL:TAG`); in eval mode, in fp32, on the GPU where there is one.
+    """A run (its newest checkpoint), one checkpoint, RUN/checkpoints/best, an exported folder, `local-dir:FOLDER`,
+    `hf-hub:ORG/NAME`, or open_clip's `MODEL/TAG` (`MODEL:TAG`); in eval mode, in fp32, on the GPU where there is one.
 
     Raises InputError for a name that leads nowhere (with the nearest that open_clip knows), an architecture without
     weights, a torn checkpoint, and weights that are not the model's.
@@ -136,6 +137,8 @@ def load_encoder(name: str | Path) -> OpenClipEncoder:
     if text.startswith(FOLDER_PREFIX):
         return _exported(Path(text.removeprefix(FOLDER_PREFIX)), text)
     path = Path(name)
+    if is_best(path):
+        return _trained(find_checkpoint(path), text)
     if not path.exists():
         return _named(text)
     if not path.is_dir():
@@ -146,13 +149,32 @@ def load_encoder(name: str | Path) -> OpenClipEncoder:
 
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
-    """The checkpoint itself, or the newest of a run. Raises InputError where there is none."""
+    """The checkpoint itself, the newest of a run, or for RUN/checkpoints/best the best by validation.
+
+    Raises InputError where there is none.
+    """
+    if is_best(run_or_checkpoint):
+        return _best_checkpoint(run_or_checkpoint.parent.parent)
     if (run_or_checkpoint / "meta.json").is_file():
         return run_or_checkpoint
     checkpoints = list_checkpoints(run_or_checkpoint)
     if not checkpoints:
         raise InputError(f"{run_or_checkpoint}: no checkpoint here; train with `dermvlp train CONFIG` first")
     return checkpoints[-1]
+
+
+def is_best(path: Path) -> bool:
+    return path.name == "best" and path.parent.name == "checkpoints" and path.parent.is_dir()
+
+
+def _best_checkpoint(run_dir: Path) -> Path:
+    checkpoints = {step_of(path): path for path in list_checkpoints(run_dir)}
+    step = read_meta(checkpoints[max(checkpoints)])["record"]["best_step"] if checkpoints else None
+    if step is None:
+        raise InputError(f"{run_dir}: no validation has chosen a best checkpoint (validation.every in its config)")
+    if step not in checkpoints:
+        raise InputError(f"{run_dir}: step {step} was the best, and its checkpoint is not kept (checkpoint.keep_best)")
+    return checkpoints[step]
 
 
 def untrained_encoder(config: TrainConfig) -> OpenClipEncoder:

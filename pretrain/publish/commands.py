@@ -19,7 +19,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     export.add_argument("run_dir", type=Path)
     export.add_argument("out_dir", type=Path)
     publish = add("publish", _publish, "a run's model with its card and numbers to the Hugging Face Hub")
-    publish.add_argument("run_dir", type=Path, help="a run, or one of its checkpoints")
+    publish.add_argument("run_dir", type=Path, help="a run, one of its checkpoints, or RUN/checkpoints/best")
     publish.add_argument(
         "--evaluation",
         type=Path,

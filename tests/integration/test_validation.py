@@ -89,6 +89,22 @@ def test_the_best_checkpoint_by_another_measure(run_config: dict[str, Any], tmp_
     best = max(found, key=lambda values: values[name])  # the first of equal ones
     kept = {step_of(path) for path in list_checkpoints(Path(run_config["run_dir"]))}
     assert kept == {best["step"], 4}
+    run_dir = Path(run_config["run_dir"])
+    chosen = load_encoder(run_dir / "checkpoints" / "best").info.digest
+    assert chosen == load_encoder(run_dir / "checkpoints" / f"step-{best['step']:08d}").info.digest
+
+
+def test_a_best_checkpoint_that_is_not_there_is_named(run_config: dict[str, Any]) -> None:
+    run_config |= {"num_steps": 2, "optimizer": {"warmup_steps": 1}}
+    train(TrainConfig.model_validate(run_config), make_validator)
+    best = Path(run_config["run_dir"]) / "checkpoints" / "best"
+    with pytest.raises(InputError, match="no validation has chosen a best checkpoint"):
+        load_encoder(best)
+    newest = best.parent / "step-00000002" / "meta.json"
+    meta = json.loads(newest.read_text())
+    newest.write_text(json.dumps(meta | {"record": meta["record"] | {"best_step": 1}}))
+    with pytest.raises(InputError, match="step 1 was the best, and its checkpoint is not kept"):
+        load_encoder(best)
 
 
 def test_a_measure_that_the_split_cannot_give_is_refused_at_once(run_config: dict[str, Any]) -> None:
