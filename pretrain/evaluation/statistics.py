@@ -125,8 +125,8 @@ def bootstrap_interval(
     Each resample draws as many groups as there are, with replacement, and takes all rows of each. Groups are drawn
     within their stratum; a group that holds rows of several strata (a patient with two diagnoses) belongs to the
     stratum of exactly that set, so every stratum occurs in every resample. A stratum of one group therefore adds no
-    width to the interval, and where every row is right (or wrong) the interval has none at all. Equal arguments give
-    equal intervals.
+    width to the interval, and where every row is right (or wrong) the interval has none at all. Where all strata are
+    of one group there is nothing to draw, and no interval. Equal arguments give equal intervals.
 
     arrays: each with N rows first. groups: (N,), None = every row its own. strata: (N,) integers, usually the class.
     centred: move the draws onto the value by the mean of their difference. For a statistic that resampling itself makes
@@ -138,6 +138,8 @@ def bootstrap_interval(
     value = float(statistic(*arrays))
     if np.isnan(value):
         return Estimate(value, value, value, len(arrays[0]))
+    if not _sampler(len(arrays[0]), groups, strata).has_choice:
+        return Estimate(value, float("nan"), float("nan"), len(arrays[0]))
     draws = bootstrap_draws(statistic, arrays, groups=groups, strata=strata, num_resamples=num_resamples, seed=seed)
     if centred:
         draws += value - draws.mean()
@@ -157,8 +159,7 @@ def bootstrap_draws(
     """The statistic of each resample, (num_resamples,). Arguments and errors as for `bootstrap_interval`."""
     num_rows = len(arrays[0])
     _check_lengths(arrays, groups, strata)
-    codes = np.arange(num_rows) if groups is None else group_codes(groups)
-    sampler = GroupSampler(codes, np.zeros(num_rows, dtype=np.int64) if strata is None else strata)
+    sampler = _sampler(num_rows, groups, strata)
     rng = np.random.default_rng(seed)
     draws = np.empty(num_resamples)
     for resample in range(num_resamples):
@@ -170,6 +171,11 @@ def bootstrap_draws(
             "pass strata so that every class occurs in each"
         )
     return draws
+
+
+def _sampler(num_rows: int, groups: Groups | None, strata: Ints | None) -> GroupSampler:
+    codes = np.arange(num_rows) if groups is None else group_codes(groups)
+    return GroupSampler(codes, np.zeros(num_rows, dtype=np.int64) if strata is None else strata)
 
 
 def proportion_interval(is_right: Bools, groups: Groups | None = None, confidence: float = 0.95) -> Estimate:
@@ -218,6 +224,7 @@ class GroupSampler:
         joint = joint.ravel()
         self.group_order = np.argsort(joint, kind="stable")  # groups, those of one joint stratum side by side
         stratum_sizes = np.bincount(joint)
+        self.has_choice = bool(stratum_sizes.max() > 1)
         self.stratum_size = np.repeat(stratum_sizes, stratum_sizes)
         self.stratum_start = np.repeat(np.cumsum(stratum_sizes) - stratum_sizes, stratum_sizes)
         self.row_order = np.argsort(codes, kind="stable")  # rows, those of one group side by side

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
+from pretrain.evaluation.results import Metric
 from pretrain.evaluation.statistics import (
     accuracy,
     balanced_accuracy,
@@ -102,6 +103,16 @@ def test_rare_classes_occur_in_every_resample() -> None:
     counts = np.array(seen[1:])
     assert len(counts) == 200 and counts.min(axis=0)[2] == 1 and (counts > 0).all()
     assert (counts.sum(axis=1) == 96).all()
+
+
+def test_no_interval_where_there_is_nothing_to_draw() -> None:
+    """One patient of each class, or one in all: every resample would be the data itself."""
+    labels, predicted = np.array([0, 0, 1]), np.array([0, 1, 1])
+    for groups, strata in ((["a", "a", "b"], labels), (["a"] * 3, None)):
+        found = bootstrap_interval(balanced_accuracy, [labels, predicted], groups=groups, strata=strata)
+        assert found.value == 0.75 and np.isnan(found.low) and np.isnan(found.high)
+        assert Metric.of(found).low is None
+    assert bootstrap_interval(balanced_accuracy, [labels, predicted], groups=["a", "c", "b"], strata=labels).low == 0.5
 
 
 def test_groups_are_resampled_whole() -> None:
