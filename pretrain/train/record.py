@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from data_prep.errors import InputError
 
 
 @dataclass
@@ -24,4 +26,11 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunRecord:
+        """Raises InputError for the record of another version."""
+        known = {each.name for each in fields(cls)}
+        if strange := [name for name in values if name not in known]:
+            raise InputError(
+                f"the checkpoint's record holds {', '.join(strange)}: it is of another version of dermvlp; go on with "
+                "that one, or begin anew in another run_dir"
+            )
         return cls(**values)

@@ -122,6 +122,11 @@ def test_a_resumed_run_decides_the_same(train_dir: Path, tmp_path: Path) -> None
             watched.guard.check()
 
 
+def test_a_record_of_another_version_is_refused() -> None:
+    with pytest.raises(InputError, match=r"holds best_loss: it is of another version of dermvlp"):
+        RunRecord.from_json(RunRecord().to_json() | {"best_loss": 1.0})
+
+
 def test_rollback_goes_back_before_the_step_and_has_a_limit(train_dir: Path, tmp_path: Path) -> None:
     watched = Watched(train_dir, tmp_path, RunRecord(passed_over=[3]), action="rollback", max_num=2)
     watched.step(7, NAN)
