@@ -10,20 +10,19 @@ promises nothing; both are counted and warned of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 
 from data_prep.captions.lexicon import label
 from data_prep.config import MakeSource
 from data_prep.schema import MAX_SUBCAPTIONS, Aspect, Caption
 from data_prep.sources.base import Rejection, SourceRow
 from data_prep.sources.derm1m import diagnosis_and_path, group_of, person_of
-from data_prep.sources.readers import check_table, parse_json, read_records
+from data_prep.sources.readers import parse_json
+from data_prep.sources.table import OneTable
 from data_prep.sources.values import (
     NO_CAPTION,
     Tally,
-    check_image_dir,
     find_image,
     lower_text,
     present,
@@ -48,7 +47,7 @@ def parse_mask(text: str, length: int) -> tuple[bool, ...]:
     return tuple(map(bool, values))
 
 
-class MakeRows:
+class MakeRows(OneTable):
     """The `Source` of a `MakeSource`. A row brings its sub-captions, and its diagnosis and concepts as captions.
 
     MAKE's sub-captions have no aspect; the lexicon of the rules gives them one.
@@ -56,23 +55,7 @@ class MakeRows:
 
     def __init__(self, config: MakeSource, needs_caption: bool = True) -> None:
         self.config, self.needs_caption = config, needs_caption
-        self.wanted = {f"MAKE's {column}": column for column in _COLUMNS}
-        check_table(config.table_path, self.wanted, "source.table_path", config.fallback_encoding)
-        check_image_dir(config.image_dir, "source.image_dir")
-        self._warned = False
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.config.table_path,)
-
-    def rows(self) -> Iterator[SourceRow | Rejection]:
-        table = self.config.table_path
-        tally = Tally(table.name)
-        for record in read_records(table, self.wanted, self.config.fallback_encoding, tally):
-            yield record if isinstance(record, Rejection) else self._row(*record, tally)
-        if not self._warned:  # the table is read several times
-            tally.warn()
-            self._warned = True
+        super().__init__(config, {f"MAKE's {column}": column for column in _COLUMNS})
 
     def _row(self, row: int, record: Mapping[str, str], tally: Tally) -> SourceRow | Rejection:
         table, config = self.config.table_path.name, self.config

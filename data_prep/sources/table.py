@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_prep.config import TableSource
+from data_prep.config import MakeSource, TableSource
 from data_prep.sources.base import Rejection, SourceRow
 from data_prep.sources.labels import Labels
 from data_prep.sources.readers import check_table, read_records
 from data_prep.sources.values import Tally, check_image_dir, find_image
 
 
-class TableRows:
-    """The `Source` of a `TableSource`. Raises InputError when made, before any row, for what is missing.
+class OneTable(ABC):
+    """A `Source` of one table and a folder of images; a subclass makes the rows of its records.
+
+    Raises InputError when made, before any row, for a table, a column or a folder that is missing.
+    """
+
+    def __init__(self, config: TableSource | MakeSource, wanted: Mapping[str, str]) -> None:
+        self.wanted = wanted  # use -> column
+        self._path, self._encoding = config.table_path, config.fallback_encoding
+        check_table(self._path, wanted, "source.table_path", self._encoding)
+        check_image_dir(config.image_dir, "source.image_dir")
+        self._warned = False
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self._path,)
+
+    def rows(self) -> Iterator[SourceRow | Rejection]:
+        tally = Tally(self._path.name)
+        for record in read_records(self._path, self.wanted, self._encoding, tally):
+            yield record if isinstance(record, Rejection) else self._row(*record, tally)
+        if not self._warned:  # the table is read several times
+            tally.warn()
+            self._warned = True
+
+    @abstractmethod
+    def _row(self, row: int, record: Mapping[str, str], tally: Tally) -> SourceRow | Rejection: ...
+
+
+class TableRows(OneTable):
+    """The `Source` of a `TableSource`.
 
     Rows that name the same image are all yielded. `rows` raises InputError for a split value that the configuration
     does not name.
@@ -26,23 +56,7 @@ class TableRows:
         self.labels = Labels(config, fields, "columns.", needs_caption, has_captions)
         wanted = {f"columns.{field}": column for field, column in fields.items()}
         wanted |= {f"extra_columns.{name}": column for name, column in config.extra_columns.items()}
-        check_table(config.table_path, wanted, "source.table_path", config.fallback_encoding)
-        check_image_dir(config.image_dir, "source.image_dir")
-        self.wanted = wanted
-        self._warned = False
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.config.table_path,)
-
-    def rows(self) -> Iterator[SourceRow | Rejection]:
-        table = self.config.table_path
-        tally = Tally(table.name)
-        for record in read_records(table, self.wanted, self.config.fallback_encoding, tally):
-            yield record if isinstance(record, Rejection) else self._row(*record, tally)
-        if not self._warned:  # the table is read several times
-            tally.warn()
-            self._warned = True
+        super().__init__(config, wanted)
 
     def _row(self, row: int, record: Mapping[str, str], tally: Tally) -> SourceRow | Rejection:
         columns, table = self.config.columns, self.config.table_path.name
