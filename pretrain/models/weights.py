@@ -10,7 +10,8 @@ import pickle
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,19 +118,26 @@ class _Part:
     remedy: str
 
 
+@contextmanager
+def _naming(field: str, who: str) -> Iterator[None]:
+    """What goes wrong with a file's keys and tensors, as an InputError that names the config's field."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"{field}: {who} needs {error}, which the file has not") from None
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from None
+    except _MISSHAPEN as error:
+        raise InputError(f"{field}: its tensors do not fit one another ({error})") from None
+
+
 def _load_whole(model: CustomTextCLIP, config: ModelConfig) -> WeightReport:
     source = str(config.pretrained)
     field = f"model.pretrained: {source}"
     state = read_state_dict(weights_file(source, field, config.name), field)
     state = {name: tensor for name, tensor in state.items() if name not in _NOT_WEIGHTS}
-    try:
+    with _naming(field, "a whole model of its format"):
         state = _open_clip_names(model, state)
-    except KeyError as error:
-        raise InputError(f"{field}: a whole model of its format has {error}, this file has not") from None
-    except InputError as error:
-        raise InputError(f"{field}: {error}") from None
-    except _MISSHAPEN as error:
-        raise InputError(f"{field}: its tensors do not fit one another ({error})") from None
     remedy = (
         "take the model config that the weights were made with, load the part that fits with model.image.weights or "
         "model.text.weights, or raise model.max_missing"
@@ -153,14 +161,8 @@ def _load_tower(model: CustomTextCLIP, tower: TowerName, weights: Weights) -> We
     source, field = weights.source, f"model.{tower}.weights: {weights.source}"
     prefix, module = ("visual.", model.visual) if tower == "image" else ("text.", model.text)
     file = read_state_dict(weights_file(source, field), field)
-    try:
+    with _naming(field, f"key_map {weights.key_map}"):
         state = KEY_MAPS[weights.key_map](under(file, weights.prefix), module)
-    except KeyError as error:
-        raise InputError(f"{field}: key_map {weights.key_map} needs {error}, which the file has not") from None
-    except InputError as error:
-        raise InputError(f"{field}: {error}") from None
-    except _MISSHAPEN as error:
-        raise InputError(f"{field}: its tensors do not fit one another ({error})") from None
     remedy = (
         f"the file's keys begin with {_beginnings(file)}; set `prefix` to the part that is this tower, `key_map` to "
         f"the file's format ({', '.join(KEY_MAPS)}), or raise `max_missing`"
