@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Something the user gave is unusable. Commands print the message without a traceback and exit with 2."""
+
+
+class PassingError(InputError):
+    """A fault of the disk or the machine, not of the input: the same command may succeed later."""

@@ -291,7 +291,7 @@ def from_workers(
     try:
         yield from batches
     except InputError as error:  # from a worker process: its message comes inside a traceback
-        raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from None
+        raise type(error)(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from None
     except RuntimeError as error:
         if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise

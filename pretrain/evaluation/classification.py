@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.special
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
@@ -38,8 +39,7 @@ _MAX_POINTS = 200
 
 def softmax(logits: Floats) -> NDArray[np.float64]:
     """(N, C) float64, rows summing to 1."""
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
-    shares: NDArray[np.float64] = exponentials / exponentials.sum(axis=1, keepdims=True)
+    shares: NDArray[np.float64] = scipy.special.softmax(logits.astype(np.float64), axis=1)
     return shares
 
 

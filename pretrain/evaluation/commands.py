@@ -83,8 +83,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     of_splits = _classnames(arguments.data, arguments.classnames_of)
     data = open_data(arguments.data, [*of_splits, *arguments.set_data])
     out_dir = arguments.out or _out_dir(arguments.model, data.name)
+    encoder = load_encoder(arguments.model)
     training_dirs = arguments.training_data or _own_training_dirs(arguments.model)
-    result = evaluate(load_encoder(arguments.model), data, out_dir, config, training_dirs)
+    result = evaluate(encoder, data, out_dir, config, training_dirs)
     print_result(result)
     print(f"\n{out_dir / REPORT_NAME}")
     return 2 if result.failed else 0
@@ -114,10 +115,12 @@ def _classnames(data: str, others: Sequence[Path]) -> list[str]:
 
 def _run_of(model: str) -> Path | None:
     """The folder of a run of ours, where the model is one of its checkpoints or the run itself."""
-    path = Path(model)
+    from pretrain.evaluation.encoders import is_best
+
+    path = Path(model).absolute()
     if (path / "checkpoints").is_dir():
         return path
-    return path.parent.parent if path.parent.is_dir() and path.parent.name == "checkpoints" else None
+    return path.parents[1] if is_best(path) or (path / "meta.json").is_file() else None
 
 
 def _out_dir(model: str, data: str) -> Path:
@@ -129,16 +132,25 @@ def _out_dir(model: str, data: str) -> Path:
 
 def _own_training_dirs(model: str) -> list[Path]:
     """The split that a run was trained on, where it is still there with its hashes; says where it is not."""
+    from pretrain.data.manifest import ShardedDataset
     from pretrain.evaluation.encoders import find_checkpoint
     from pretrain.train.checkpoint import checkpoint_config
+    from pretrain.train.retention import read_meta
 
     if _run_of(model) is None:
         return []
-    train_dir = checkpoint_config(find_checkpoint(Path(model))).data.train_dir
-    if (train_dir / "image_hashes.npy").is_file():
-        return [train_dir]
-    print(f"not compared with the training data: {train_dir} is not there; name it with --training-data")
-    return []
+    checkpoint = find_checkpoint(Path(model))
+    train_dir = checkpoint_config(checkpoint).data.train_dir
+    if not (train_dir / "image_hashes.npy").is_file():
+        print(f"not compared with the training data: {train_dir} is not there; name it with --training-data")
+        return []
+    if ShardedDataset(train_dir, with_tars=False).digest != read_meta(checkpoint)["data_digest"]:
+        print(
+            f"not compared with the training data: {train_dir} holds other samples than the run was trained on; name "
+            "the right split with --training-data"
+        )
+        return []
+    return [train_dir]
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -169,6 +181,7 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 
 def _annotate(arguments: argparse.Namespace) -> int:
+    from data_prep.labels.concepts import read_terms
     from pretrain.evaluation.concepts import annotate_rows
     from pretrain.evaluation.datasets import open_data
     from pretrain.evaluation.datasets.data import write_rejected
@@ -179,6 +192,8 @@ def _annotate(arguments: argparse.Namespace) -> int:
 
     if arguments.out.suffix != ".csv":
         raise InputError(f"--out {arguments.out}: expected a name that ends in .csv")
+    if arguments.terms is not None:
+        read_terms(arguments.terms)  # before hours of encoding
     encoder, data = load_encoder(arguments.model), open_data(arguments.data, arguments.set_data)
     folder = arguments.out.with_name(f"{arguments.out.name}.features")
     settings = settings_of(arguments.batch_size, arguments.num_workers)

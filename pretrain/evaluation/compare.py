@@ -28,8 +28,12 @@ from pretrain.evaluation.results import (
 )
 from pretrain.evaluation.significance import holm, paired_difference, rank_models
 
-#: settings of tasks
-_OF_THE_QUESTION = ("templates", "template_texts", "ks", "layer", "ontology", "text_of_an_option")
+#: settings of tasks that make another question of it
+_OF_THE_QUESTION = (
+    *("templates", "template_texts", "text_of_an_option", "ks"),
+    *("layer", "split", "num_train", "num_seeds", "max_iterations"),
+    *("prompts", "reference_prompts", "scale", "terms", "terms_digest", "ontology", "ontology_digest"),
+)
 
 
 class ComparedModel(Frozen):
@@ -94,9 +98,6 @@ class Comparison(Frozen):
     ranks: tuple[Ranks, ...]  # of tasks that all models did on two sets or more
     confidence: float
     notes: tuple[str, ...] = ()  # what was left out and why, plain sentences
-
-    def entry(self, model: str, dataset: str) -> Entry | None:
-        return next((entry for entry in self.entries if (entry.model, entry.dataset) == (model, dataset)), None)
 
 
 def compare(
@@ -252,8 +253,8 @@ def _difference(
         notes.append(f"{where}: {num_alone} rows that only one of them has are not compared.")
     tested = paired_difference(
         mine.statistic,
-        mine.output[my_rows],
-        theirs.output[their_rows],
+        mine.comparable(my_rows),
+        theirs.comparable(their_rows),
         [mine.truth[my_rows]],
         groups=[mine.patients[row] for row in my_rows],
         strata=mine.strata_N[my_rows],

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypedDict
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from data_prep.schema import Frozen
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"expected each value once, got {list(values)}")
+    return values
 
 
 class ZeroShotTask(Frozen):
@@ -19,7 +25,7 @@ class ZeroShotTask(Frozen):
 
 class RetrievalTask(Frozen):
     kind: Literal["retrieval"] = "retrieval"
-    ks: tuple[PositiveInt, ...] = (1, 5, 10, 50, 100)
+    ks: Annotated[tuple[PositiveInt, ...], AfterValidator(_distinct)] = (1, 5, 10, 50, 100)
 
 
 class ProbeTask(Frozen):
@@ -27,11 +33,15 @@ class ProbeTask(Frozen):
 
     kind: Literal["probe"] = "probe"
     layer: str = "tower"
-    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.01, 0.1, 0.3, 0.5, 1.0)
+    shares: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], AfterValidator(_distinct)] = (
+        *(0.01, 0.1, 0.3, 0.5, 1.0),
+    )
     num_seeds: PositiveInt = 5
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # by patient, where the data set has no training part
     max_iterations: PositiveInt = 1000
-    shots: tuple[PositiveInt, ...] = ()  # also trained with so many images a class: 1, 2, 4, 8, 16
+    shots: Annotated[
+        tuple[PositiveInt, ...], AfterValidator(_distinct)
+    ] = ()  # also trained with so many images a class: 1, 2, 4, 8, 16
 
 
 class ConceptsTask(Frozen):
@@ -74,6 +84,12 @@ TASKS: dict[str, type[Frozen]] = {
 }
 
 
+class Resampling(TypedDict):
+    num_resamples: int
+    confidence: float
+    seed: int
+
+
 class EvaluationSettings(Frozen):
     """What all tasks share."""
 
@@ -83,6 +99,11 @@ class EvaluationSettings(Frozen):
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     seed: Annotated[int, Field(ge=0)] = 0
     min_group_size: PositiveInt = 20  # smaller groups are shown, and are never called the worst
+
+    @property
+    def resampling(self) -> Resampling:
+        """Arguments of `bootstrap_interval`."""
+        return {"num_resamples": self.num_resamples, "confidence": self.confidence, "seed": self.seed}
 
 
 class EvaluationConfig(Frozen):

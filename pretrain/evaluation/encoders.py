@@ -154,7 +154,7 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
     Raises InputError where there is none.
     """
     if is_best(run_or_checkpoint):
-        return _best_checkpoint(run_or_checkpoint.parent.parent)
+        return _best_checkpoint(run_or_checkpoint.absolute().parents[1])
     if (run_or_checkpoint / "meta.json").is_file():
         return run_or_checkpoint
     checkpoints = list_checkpoints(run_or_checkpoint)
@@ -164,6 +164,8 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
 
 
 def is_best(path: Path) -> bool:
+    """RUN/checkpoints/best, whatever the working directory."""
+    path = path.absolute()
     return path.name == "best" and path.parent.name == "checkpoints" and path.parent.is_dir()
 
 

@@ -21,6 +21,7 @@ from pretrain.evaluation.report_evaluation import write_evaluation_report
 from pretrain.evaluation.report_extras import report_extras
 from pretrain.evaluation.results import (
     RESULT_NAME,
+    TABLES,
     DatasetInfo,
     EvaluationResult,
     Leakage,
@@ -70,13 +71,15 @@ def evaluate(
         write_rejected(out_dir / "rejected.jsonl", data.rejected)
         layers = _layers(config, _left_out(data, config), with_pictures=num_pictures > 0)
         encoded = image_features(encoder, data, layers, out_dir / "features", config.settings)
-        data = data.without(encoded.rejected)
-        write_rejected(out_dir / "rejected.jsonl", data.rejected)
-        left_out = _left_out(data, config)
         overlap_N, leakage = None, None
         if training_dirs:
             cache_dir, num_workers = out_dir / "features", config.settings.num_workers
-            overlap_N, leakage = overlap(data, training_dirs, cache_dir, num_workers=num_workers)
+            overlap_N, leakage = overlap(
+                data, training_dirs, cache_dir, num_workers=num_workers, left_out=encoded.rejected
+            )
+        data = data.without(encoded.rejected)
+        write_rejected(out_dir / "rejected.jsonl", data.rejected)
+        left_out = _left_out(data, config)
         given = TaskInput(
             encoder=encoder,
             data=data,
@@ -88,18 +91,19 @@ def evaluate(
         tasks, failed = _run([task for task in config.tasks if task.kind not in left_out], given)
         if not tasks:
             raise InputError("; ".join(f"{kind}: {reason}" for kind, reason in (left_out | failed).items()))
-        earlier = _tasks_of(before, config, leakage)
+        before = _still_true(before, config, leakage)
+        earlier = before.tasks if before else ()
         result = EvaluationResult(
             model=encoder.info,
             dataset=_dataset_info(data),
             tasks=tuple(sorted([*tasks, *earlier], key=lambda task: list(_MODULES).index(task.task))),
-            left_out=left_out,
-            failed=failed,
+            left_out=(before.left_out if before else {}) | left_out,
+            failed=(before.failed if before else {}) | failed,
             leakage=leakage,
             confidence=config.settings.confidence,
             seconds=round(time.monotonic() - started, 1),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={name: version(name) for name in _PACKAGES},
+            versions=_versions(),
         )
         write_result(out_dir, result)
         write_evaluation_report(out_dir, report_extras(given, num_pictures) if num_pictures else None)
@@ -120,30 +124,48 @@ def _run(tasks: Sequence[TaskConfig], given: TaskInput) -> tuple[list[TaskResult
 
 
 def _result_before(encoder: Encoder, data: EvalSet, out_dir: Path, config: EvaluationConfig) -> EvaluationResult | None:
-    """What an evaluation of the same model on the same data left here."""
+    """What an evaluation of the same model on the same data left here. Another model's numbers and tables are removed:
+    a folder is one model's on one data set."""
     if not (out_dir / RESULT_NAME).is_file():
         return None
-    found = read_result(out_dir)
-    if found.dataset.digest != data.digest:
+    try:
+        found = read_result(out_dir)
+    except InputError as error:  # of another version of dermvlp, or damaged
+        print(f"{error}: replaced now")
+        found = None
+    if found is not None and found.dataset.digest != data.digest:
         raise InputError(
             f"{out_dir}: holds numbers of {found.model.name} on another data set ({found.dataset.name}, "
             f"{found.dataset.digest}; now {data.name}, {data.digest}); choose another --out, or remove it"
         )
-    if found.model.digest != encoder.info.digest or found.confidence != config.settings.confidence:
+    same = found is not None and found.model.digest == encoder.info.digest
+    if found is not None and same and found.confidence == config.settings.confidence and found.versions == _versions():
+        return found
+    if found is not None:
         print(f"{out_dir}: replaces the numbers of {found.model.name} ({found.model.digest}) that were here")
+    for name in (RESULT_NAME, *TABLES.values()):
+        (out_dir / name).unlink(missing_ok=True)
+    return None
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES}
+
+
+def _still_true(
+    before: EvaluationResult | None, config: EvaluationConfig, leakage: Leakage | None
+) -> EvaluationResult | None:
+    """What is not done again now. Numbers without the overlap hold for one comparison with training data."""
+    if before is None:
         return None
-    return found
-
-
-def _tasks_of(before: EvaluationResult | None, config: EvaluationConfig, leakage: Leakage | None) -> list[TaskResult]:
-    """Those that are not done now. Their numbers without the overlap hold for one comparison with training data."""
     now = {task.kind for task in config.tasks}
-    kept = [] if before is None else [task for task in before.tasks if task.task not in now]
-    if before is not None and kept and before.leakage != leakage:
+    kept = tuple(task for task in before.tasks if task.task not in now)
+    if kept and before.leakage != leakage:
         names = ", ".join(task.task for task in kept)
         print(f"{names}: compared with other training data before, or with none; left out, evaluate them again")
-        return []
-    return kept
+        return None
+    left_out, failed = ({k: v for k, v in of.items() if k not in now} for of in (before.left_out, before.failed))
+    return before.model_copy(update={"tasks": kept, "left_out": left_out, "failed": failed})
 
 
 def _layers(config: EvaluationConfig, left_out: Mapping[str, str], with_pictures: bool) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data_prep.config import ImageOptions
-from data_prep.errors import InputError
+from data_prep.errors import InputError, PassingError
 from data_prep.files import disk_errors, lock, remove_stale_partials, write_atomically
 from data_prep.images.convert import ImageRejected, decode_image
 from data_prep.progress import Progress
@@ -171,12 +171,13 @@ class _DecodedBatches(Dataset[DecodedBatch]):
         for row in self.batches[number]:
             try:
                 pixels[row] = self.transform(decode_image(self.data.read_image(row), _DECODING))
-            except (
-                OSError
-            ):  # the file is gone, or its disk is ill; what it says names the file, which could be a patient's
-                rejected[row] = "the image file cannot be read"
+            except PassingError:
+                raise  # to be tried again, not left out
             except (ImageRejected, InputError) as error:
-                rejected[row] = str(error).removeprefix(f"{self.data.name}: {self.data.rows[row].key}: ")
+                where = f"{self.data.name}: {self.data.rows[row].key}: "
+                if isinstance(error, ImageRejected) and error.may_pass:
+                    raise PassingError(f"{where}{error}") from None
+                rejected[row] = str(error).removeprefix(where)
         return DecodedBatch(tuple(pixels), torch.stack(list(pixels.values())) if pixels else None, rejected)
 
 

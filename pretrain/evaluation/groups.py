@@ -44,16 +44,14 @@ def by_group(
     chance: float | None = None,
     is_share: bool = True,
     lower_is_better: bool = False,
-    strata: NDArray[np.int64] | None = None,
 ) -> tuple[ByGroup, ...]:
     """`metric` over the groups of each attribute that any row has; () where no row has one.
 
     Whole patients are resampled, from all rows with a value: so a patient with lesions of two sites moves both groups,
-    and their difference has the interval of a paired one. A resample in which a group is undefined is left out of its
-    interval. There is no interval where that happens often, where a group is one patient, or where all resamples give
-    one value: of a group without a single error they say nothing of its rate of errors.
-
-    strata: (N,) the class of each row, for a statistic that a lost class would change: each is in every resample.
+    and their difference has the interval of a paired one. A class can be missing from a resample: a group has few
+    images of most, and an interval that draws these every time is far too narrow. A resample in which a group is
+    undefined is left out of its interval. There is no interval where that happens often, where a group is one patient,
+    or where all resamples give one value: of a group without a single error they say nothing of its rate of errors.
 
     `gap` is the best minus the worst group (worst minus best where lower is better: never negative), among the groups
     of at least `min_group_size` rows. The two are chosen on all rows and then kept, so its interval can reach below 0;
@@ -63,7 +61,7 @@ def by_group(
     names = {name for row in rows for name in row.attributes or () if _value(row, name) is not None}
     ordered = [*(name for name in ATTRIBUTES if name in names), *sorted(names.difference(ATTRIBUTES))]
     kind = {"is_share": is_share, "lower_is_better": lower_is_better}
-    given = (rows, metric, statistic, arrays, settings, chance, kind, strata)
+    given = (rows, metric, statistic, arrays, settings, chance, kind)
     return tuple(_by_attribute(name, *given) for name in ordered)
 
 
@@ -76,7 +74,6 @@ def _by_attribute(
     settings: EvaluationSettings,
     chance: float | None,
     kind: dict[str, bool],
-    strata: NDArray[np.int64] | None,
 ) -> ByGroup:
     values = [_value(row, attribute) for row in rows]
     known = np.flatnonzero([value is not None for value in values])
@@ -85,8 +82,7 @@ def _by_attribute(
     arrays_K = [array[known] for array in arrays]
     patient_K = group_codes([rows[row].patient for row in known.tolist()])
     full_V = np.array([statistic(*(array[value_K == code] for array in arrays_K)) for code in range(len(names))])
-    strata_K = None if strata is None else strata[known]
-    draws_RV = _resample(statistic, arrays_K, value_K, patient_K, strata_K, len(names), settings)
+    draws_RV = _resample(statistic, arrays_K, value_K, patient_K, len(names), settings)
     groups: dict[str, Metric] = {}
     for code, name in enumerate(names):
         own = value_K == code
@@ -110,15 +106,11 @@ def _resample(
     arrays_K: Sequence[NDArray[Any]],
     value_K: NDArray[np.int64],
     patient_K: NDArray[np.int64],
-    strata_K: NDArray[np.int64] | None,
     num_values: int,
     settings: EvaluationSettings,
 ) -> NDArray[np.float64]:
     """The statistic of each group on each resample, (R, V); NaN where a group is not drawn or undefined."""
-    stratum_K = np.zeros(len(patient_K), dtype=np.int64)
-    if strata_K is not None:  # a class within a group
-        _, stratum_K = np.unique(np.stack([value_K, strata_K], axis=1), axis=0, return_inverse=True)
-    sampler = GroupSampler(patient_K, stratum_K.ravel())
+    sampler = GroupSampler(patient_K, np.zeros(len(patient_K), dtype=np.int64))
     rng = np.random.default_rng(settings.seed)
     draws_RV = np.full((settings.num_resamples, num_values), np.nan)
     for resample in range(settings.num_resamples):

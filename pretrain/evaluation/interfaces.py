@@ -102,7 +102,8 @@ class EvalData(Protocol):
 
     @property
     def rejected(self) -> Sequence[Mapping[str, str]]:
-        """Table, row, field and reason of what cannot be used."""
+        """What cannot be used: table, row, field and reason; an image that cannot be decoded has its row's key in place
+        of table and row."""
         ...
 
     @property

@@ -6,7 +6,7 @@ hashes: read fully, turned upright, reduced to the shards' size. People are not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_prep import pool
 from data_prep.config import DuplicateOptions, ImageOptions
-from data_prep.errors import InputError
+from data_prep.errors import InputError, PassingError
 from data_prep.files import atomic
 from data_prep.images.duplicates import near_pairs
 from data_prep.images.fingerprints import FINGERPRINT_DTYPE, numbered_fingerprints
@@ -38,8 +38,10 @@ def overlap(
     *,
     num_workers: int = 2,
     max_distance: int = MAX_DISTANCE,
+    left_out: Collection[int] = (),
 ) -> tuple[NDArray[np.bool_], Leakage]:
-    """((N,) whether the training data holds the row's image, the counts of the rows that are tested on).
+    """((n,) whether the training data holds the row's image, the counts of the rows that are tested on), both of the
+    rows that are not `left_out`. Hashes are kept for all of them.
 
     training_dirs: split folders (manifest.json, image_hashes.npy). cache_dir: where the evaluation images' hashes are
     kept for the next time. num_workers: processes; 0: none. Rows of one image count each.
@@ -61,8 +63,9 @@ def overlap(
         if len(known) and len(train_M):
             near_N[known[near_pairs(words_N4, max_distance, words_M4)[0]]] = True
         unknown_N |= ~eval_N["is_known"]
-    tested_N = np.array([not row.is_train for row in data.rows])
-    return same_N | near_N, Leakage(
+    kept_N = ~np.isin(np.arange(num), list(left_out))
+    tested_N = np.array([not row.is_train for row in data.rows]) & kept_N
+    return (same_N | near_N)[kept_N], Leakage(
         training_data=", ".join(_name(manifest) for manifest in manifests),
         num_compared=int(tested_N.sum()),
         num_same_pixels=int((same_N & tested_N).sum()),
@@ -129,6 +132,8 @@ def _chunks(data: EvalData) -> Iterator[tuple[int, list[bytes | None]]]:
         for position in range(start, min(start + _CHUNK, len(data.rows))):
             try:
                 chunk.append(data.read_image(position))
+            except PassingError:
+                raise
             except InputError:  # is counted; whoever encodes the image says which it is
                 chunk.append(None)
         yield start, chunk

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from data_prep.errors import InputError
-from pretrain.evaluation.results import TaskResult
+from pretrain.evaluation.results import TABLES, TaskResult
 from pretrain.evaluation.statistics import Floats, Ints, accuracy, balanced_accuracy, weighted_f1
 from pretrain.evaluation.tables import read_table
 
@@ -29,10 +29,17 @@ class PairedRows:
     keys: Sequence[tuple[str, ...]]  # N, distinct
     patients: Sequence[str | None]  # N
     truth: NDArray[np.int64]  # (N,) class, or direction; (N, K) for concepts
-    output: NDArray[Any]  # (N,) or (N, K), in a unit that all models share
-    statistic: Callable[..., float]
+    output: NDArray[Any]  # (N,) or (N, K)
+    statistic: Callable[..., float]  # of the truth and comparable outputs
     what: tuple[str, ...]  # names behind the codes of `truth`, such as the classes: equal, or not to be compared
     strata_N: NDArray[np.int64]  # how many rows of each are kept when rows are resampled
+    is_score: bool = False  # the output is a model's own score: only its order can be compared
+
+    def comparable(self, rows: Ints) -> NDArray[Any]:
+        """Outputs of some rows in a unit that all models share: as they are, or their ranks among these rows, doubled
+        since ties have halves."""
+        output = self.output[rows]
+        return (2 * rankdata(output, axis=0)).astype(np.int64) if self.is_score else output
 
 
 def read_rows(folder: Path, result: TaskResult) -> PairedRows | None:
@@ -48,7 +55,8 @@ def read_rows(folder: Path, result: TaskResult) -> PairedRows | None:
     path, rows = found
     if len(set(rows.keys)) < len(rows.keys):
         raise InputError(f"{path}: a row is there twice; evaluate again")
-    stated, computed = result.metrics[result.primary].value, rows.statistic(rows.truth, rows.output)
+    stated = result.metrics[result.primary].value
+    computed = rows.statistic(rows.truth, rows.comparable(np.arange(len(rows.keys))))
     if stated is None:
         return None
     if abs(stated - computed) > 1e-6:
@@ -59,7 +67,7 @@ def read_rows(folder: Path, result: TaskResult) -> PairedRows | None:
 
 
 def _zero_shot(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
-    path = folder / "zero_shot_probabilities.csv"
+    path = folder / TABLES["zero_shot"]
     header, rows = read_table(path, ("key", "patient", "label", "predicted"))
     classnames = tuple(header[4:])
     label_N, predicted_N = _codes(path, rows, 2, classnames), _codes(path, rows, 3, classnames)
@@ -68,13 +76,21 @@ def _zero_shot(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | No
         statistic: Callable[..., float] = _OF_DECISIONS[result.primary]
     elif result.primary == "auroc" and len(classnames) == 2:
         first_N, second_N = _floats(path, rows, 4), _floats(path, rows, 5)
-        # not of the probability itself: it saturates at 1. A rank is a unit that two models share
-        with np.errstate(divide="ignore"):
-            output_N = (2 * rankdata(np.log(second_N) - np.log(first_N))).astype(np.int64)
+        with np.errstate(divide="ignore"):  # not of the probability itself: it saturates at 1
+            output_N = np.log(second_N) - np.log(first_N)
         statistic = _auroc_of_ranks
     else:
         return None
-    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), label_N, output_N, statistic, classnames, label_N)
+    return path, PairedRows(
+        _keys(rows, 0),
+        _patients(rows, 1),
+        label_N,
+        output_N,
+        statistic,
+        classnames,
+        label_N,
+        is_score=statistic is _auroc_of_ranks,
+    )
 
 
 def _retrieval(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
@@ -84,7 +100,7 @@ def _retrieval(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | No
     ks = [int(name.removeprefix(prefix)) for name in result.metrics if name.startswith(prefix)]
     if result.primary != "mean_recall":
         return None
-    path = folder / "retrieval_ranks.csv"
+    path = folder / TABLES["retrieval"]
     _, rows = read_table(path, ("direction", "key", "patient", "rank"))
     rank_N = _floats(path, rows, 3)
     found_N = np.mean([rank_N <= k for k in ks], axis=0)
@@ -100,7 +116,7 @@ def _probe(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
     metric, _, amount = result.primary.partition("@")
     if metric not in _OF_DECISIONS:
         return None
-    path = folder / "probe_predictions.csv"
+    path = folder / TABLES["probe"]
     _, rows = read_table(path, ("share", "seed", "key", "patient", "label", "predicted"))
     rows = [row for row in rows if _amount(path, row[0]) == amount]
     if not rows:
@@ -125,18 +141,18 @@ def _probe(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
         output=predicted_N,
         statistic=mean_over_seeds,
         what=(*classnames, *seeds),
-        strata_N=seed_N * len(classnames) + label_N,
+        strata_N=label_N,  # every image has a row for each seed
     )
 
 
 def _multiple_choice(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
     if result.primary != "accuracy":
         return None
-    path = folder / "multiple_choice_answers.csv"
+    path = folder / TABLES["multiple_choice"]
     _, rows = read_table(path, ("key", "patient", "answer", "predicted"))
     right_N = np.array([row[2] == row[3] for row in rows], dtype=np.float64)
-    all_N = np.zeros(len(rows), dtype=np.int64)
-    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), all_N, right_N, _mean, (), all_N)
+    answer_N, one_stratum = _floats(path, rows, 2).astype(np.int64), np.zeros(len(rows), dtype=np.int64)
+    return path, PairedRows(_keys(rows, 0), _patients(rows, 1), answer_N, right_N, _mean, (), one_stratum)
 
 
 def _concepts(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
@@ -144,7 +160,7 @@ def _concepts(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | Non
     in_mean = result.settings.get("concepts_in_mean")
     if not isinstance(in_mean, tuple) or not in_mean:
         return None
-    path = folder / "concept_scores.csv"
+    path = folder / TABLES["concepts"]
     header, rows = read_table(path, ("key", "patient"))
     num_concepts = (len(header) - 2) // 2
     concepts = header[2 : 2 + num_concepts]
@@ -158,15 +174,16 @@ def _concepts(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | Non
         keys=_keys(rows, 0),
         patients=_patients(rows, 1),
         truth=present_NK,
-        output=(2 * rankdata(score_NK, axis=0)).astype(np.int64),
+        output=score_NK,
         statistic=_mean_auroc_of_ranks,
         what=tuple(map(str, in_mean)),
         strata_N=present_NK[:, scarcer_K.argmin()],
+        is_score=True,
     )
 
 
 def _hierarchy(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
-    path = folder / "hierarchy_predictions.csv"
+    path = folder / TABLES["hierarchy"]
     _, rows = read_table(path, ("key", "patient", "label", "predicted", result.primary))
     classnames = tuple(sorted({row[2] for row in rows}))
     label_N, distance_N = _codes(path, rows, 2, classnames), _floats(path, rows, 4)

@@ -43,7 +43,6 @@ TASK_TITLES = {
 _PER_CLASS = {
     "concepts": ("AUROC of each concept", "Concept"),
     "multiple_choice": ("Accuracy by kind of question", "Kind"),
-    "hierarchy": ("By class", "Class"),
 }
 _ATTRIBUTES = {
     "fitzpatrick": "skin tone (Fitzpatrick type)",
@@ -163,7 +162,7 @@ def _primary_table(result: EvaluationResult) -> Table:
     """The metric of each task by which models are ranked."""
     rows = []
     for task in result.tasks:
-        metric = _primary(task)
+        metric = task.metrics[task.primary]
         without = (task.without_overlap.get(task.primary),) if _has_without(result.tasks) else ()
         name = f"{TASK_TITLES[task.task]}: {task.primary}"
         rows.append(TableRow(name, (metric, *without), metric.chance, metric.is_share))
@@ -173,12 +172,6 @@ def _primary_table(result: EvaluationResult) -> Table:
 
 def _has_without(tasks: tuple[TaskResult, ...]) -> bool:
     return any(task.without_overlap for task in tasks)
-
-
-def _primary(task: TaskResult) -> Metric:
-    if task.primary not in task.metrics:
-        raise InputError(f"{RESULT_NAME}: {task.task}.primary: {task.primary!r} is none of its metrics; evaluate again")
-    return task.metrics[task.primary]
 
 
 # ---------------------------------------------------------------------------------------------- a task

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data_prep.config import ImageOptions
-from data_prep.images.convert import prepare_image
+from data_prep.images.convert import decode_image
 from pretrain.evaluation.interfaces import JOINT, Row, TaskInput
 
 THUMBNAIL_PX = 160  # longer side
@@ -110,9 +109,9 @@ def thumbnail(data: bytes) -> bytes:
 
     Raises data_prep's ImageRejected for what cannot be decoded.
     """
-    options = ImageOptions(short_side_px=THUMBNAIL_PX, min_side_px=1, keep_jpegs=False)
-    image = Image.open(io.BytesIO(prepare_image(data, options).jpeg), formats=("JPEG",))  # without any metadata
+    image = decode_image(data, ImageOptions(min_side_px=1))
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    image.info.clear()  # Pillow would write a comment that the file had
     for quality in (82, 60, 35):
         buffer = io.BytesIO()
         image.save(buffer, format="JPEG", quality=quality)

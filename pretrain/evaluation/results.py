@@ -2,22 +2,20 @@
 
 An evaluation is one model on one data set. Its folder:
 
-    evaluation.json                  an `EvaluationResult`
+    evaluation.json    an `EvaluationResult`
     report.html
-    zero_shot_probabilities.csv      key, patient, label, predicted, then a column a class; a row an image
-    retrieval_ranks.csv              direction, key, patient, rank (from 1)
-    probe_predictions.csv            share, seed, key, patient, label, predicted
-    concept_scores.csv               key, patient, a column a concept, then CONCEPT:present (1, 0, or empty)
-    multiple_choice_answers.csv      key, patient, answer, predicted, then a column an option
-    hierarchy_predictions.csv        key, patient, label, predicted, tree_distance, then a column a level
-    rejected.jsonl                   what could not be used, each with its reason
-    features/                        of the images, reused when the command is run again
+    TABLES             a CSV for each task
+    rejected.jsonl     what could not be used, each with its reason
+    features/          of the images, reused when the command is run again
 
 Nothing here knows torch. NaN and infinity are None in the file.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -29,6 +27,15 @@ from data_prep.schema import Frozen
 from pretrain.evaluation.statistics import Estimate
 
 RESULT_NAME = "evaluation.json"
+#: by task, with a row an image or query
+TABLES = {
+    "zero_shot": "zero_shot_probabilities.csv",  # key, patient, label, predicted, then a column a class
+    "retrieval": "retrieval_ranks.csv",  # direction, key, patient, rank (from 1)
+    "probe": "probe_predictions.csv",  # share, seed, key, patient, label, predicted
+    "concepts": "concept_scores.csv",  # key, patient, a column a concept, then CONCEPT:present (1, 0, or empty)
+    "multiple_choice": "multiple_choice_answers.csv",  # key, patient, answer, predicted, then a column an option
+    "hierarchy": "hierarchy_predictions.csv",  # key, patient, label, predicted, tree_distance, then a column a level
+}
 
 Settings = dict[str, str | int | float | tuple[str, ...] | tuple[float, ...]]
 
@@ -66,6 +73,17 @@ class Metric(Frozen):
             is_share=is_share,
             lower_is_better=lower_is_better,
         )
+
+
+def digest_of(value: object) -> str:
+    """12 hex digits of a value of JSON, for the settings of a task."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def undefined(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The same metrics of no row: what is left without the overlap where the training data holds every image."""
+    nothing = {"value": None, "low": None, "high": None, "n": 0}
+    return {name: metric.model_copy(update=nothing) for name, metric in metrics.items()}
 
 
 class ByGroup(Frozen):

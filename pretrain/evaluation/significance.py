@@ -22,7 +22,8 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Second minus first. P-values are two-sided; NaN where the difference is undefined."""
+    """Second minus first. P-values are two-sided; NaN where the difference is undefined, `p_bootstrap` (and the
+    interval) also where there is nothing to draw."""
 
     estimate: Estimate
     p_bootstrap: float
@@ -72,7 +73,7 @@ def paired_difference(
     draws = bootstrap_draws(difference, arrays, groups=groups, strata=strata, num_resamples=num_resamples, seed=seed)
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     tail = min(np.sum(draws <= _ROUNDING), np.sum(draws >= -_ROUNDING))
-    p_bootstrap = min(1.0, 2 * (tail + 1) / (num_resamples + 1))
+    p_bootstrap = float("nan") if np.isnan(low) else min(1.0, 2 * (tail + 1) / (num_resamples + 1))
     differing = np.unique(codes[(first != second).reshape(len(first), -1).any(axis=1)])
     is_exact = len(differing) <= np.log2(num_permutations)
     num_extreme = num_swaps = 0

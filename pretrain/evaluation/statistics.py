@@ -23,6 +23,7 @@ Ints = NDArray[np.integer[Any]]
 Bools = NDArray[np.bool_]
 #: Patient or lesion of each row; None = nothing known, so the row is a group of its own.
 Groups = Sequence[Hashable | None] | NDArray[Any]
+_MAX_DRAWS = 1000  # until every class is in a resample
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,10 @@ def bootstrap_interval(
     """Percentile bootstrap of `statistic(*arrays)`, resampling whole groups within strata (Efron & Tibshirani, 1993).
 
     Each resample draws as many groups as there are, with replacement, and takes all rows of each. Groups are drawn
-    within their stratum; a group that holds rows of several strata (a patient with two diagnoses) belongs to the
-    stratum of exactly that set, so every stratum occurs in every resample. A stratum of one group therefore adds no
-    width to the interval, and where every row is right (or wrong) the interval has none at all. Where all strata are
-    of one group there is nothing to draw, and no interval. Equal arguments give equal intervals.
+    within their stratum (`GroupSampler`), so every stratum occurs in every resample. Of a stratum of k groups the
+    interval shows (k - 1) / k of the variance: of one group none, and where all strata are of one group there is
+    nothing to draw, and no interval. Where every row is right (or wrong) it has no width. Equal arguments give equal
+    intervals.
 
     arrays: each with N rows first. groups: (N,), None = every row its own. strata: (N,) integers, usually the class.
     centred: move the draws onto the value by the mean of their difference. For a statistic that resampling itself makes
@@ -138,8 +139,6 @@ def bootstrap_interval(
     value = float(statistic(*arrays))
     if np.isnan(value):
         return Estimate(value, value, value, len(arrays[0]))
-    if not _sampler(len(arrays[0]), groups, strata).has_choice:
-        return Estimate(value, float("nan"), float("nan"), len(arrays[0]))
     draws = bootstrap_draws(statistic, arrays, groups=groups, strata=strata, num_resamples=num_resamples, seed=seed)
     if centred:
         draws += value - draws.mean()
@@ -156,10 +155,14 @@ def bootstrap_draws(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """The statistic of each resample, (num_resamples,). Arguments and errors as for `bootstrap_interval`."""
+    """The statistic of each resample, (num_resamples,); NaN where there is nothing to draw. Arguments and errors as for
+    `bootstrap_interval`."""
     num_rows = len(arrays[0])
     _check_lengths(arrays, groups, strata)
-    sampler = _sampler(num_rows, groups, strata)
+    codes = np.arange(num_rows) if groups is None else group_codes(groups)
+    sampler = GroupSampler(codes, np.zeros(num_rows, dtype=np.int64) if strata is None else strata)
+    if not sampler.has_choice:
+        return np.full(num_resamples, np.nan)
     rng = np.random.default_rng(seed)
     draws = np.empty(num_resamples)
     for resample in range(num_resamples):
@@ -171,11 +174,6 @@ def bootstrap_draws(
             "pass strata so that every class occurs in each"
         )
     return draws
-
-
-def _sampler(num_rows: int, groups: Groups | None, strata: Ints | None) -> GroupSampler:
-    codes = np.arange(num_rows) if groups is None else group_codes(groups)
-    return GroupSampler(codes, np.zeros(num_rows, dtype=np.int64) if strata is None else strata)
 
 
 def proportion_interval(is_right: Bools, groups: Groups | None = None, confidence: float = 0.95) -> Estimate:
@@ -214,16 +212,27 @@ def _check_lengths(arrays: Sequence[NDArray[Any]], groups: Groups | None, strata
 
 class GroupSampler:
     """Row indices of random resamples of whole groups within strata. The tables are made once, so that a draw is a few
-    numpy calls."""
+    numpy calls.
+
+    A group that holds rows of several strata is drawn for the rarest of them, the one that fewest groups hold. A
+    stratum for which no group is drawn can be missed; such a draw is made again.
+    """
 
     def __init__(self, codes: NDArray[np.int64], strata: Ints) -> None:
-        _, stratum = np.unique(strata, return_inverse=True)
-        holds = np.zeros((codes.max() + 1, stratum.max() + 1), dtype=bool)  # (groups, strata)
-        holds[codes, stratum] = True
-        _, joint = np.unique(holds, axis=0, return_inverse=True)
-        joint = joint.ravel()
-        self.group_order = np.argsort(joint, kind="stable")  # groups, those of one joint stratum side by side
-        stratum_sizes = np.bincount(joint)
+        _, stratum_N = np.unique(strata, return_inverse=True)
+        num_strata = int(stratum_N.max()) + 1
+        group_H, stratum_H = np.divmod(np.unique(codes * num_strata + stratum_N.ravel()), num_strata)  # who holds what
+        num_groups_S = np.bincount(stratum_H)
+        order = np.lexsort((num_groups_S[stratum_H], group_H))
+        _, first = np.unique(group_H[order], return_index=True)
+        drawn_for = stratum_H[order][first]  # (groups,)
+        self._missable = [
+            np.isin(np.arange(len(drawn_for)), group_H[stratum_H == stratum])
+            for stratum in np.setdiff1d(stratum_H, drawn_for)
+        ]
+        self.group_order = np.argsort(drawn_for, kind="stable")  # groups, those of one stratum side by side
+        stratum_sizes = np.bincount(drawn_for)
+        stratum_sizes = stratum_sizes[stratum_sizes > 0]
         self.has_choice = bool(stratum_sizes.max() > 1)
         self.stratum_size = np.repeat(stratum_sizes, stratum_sizes)
         self.stratum_start = np.repeat(np.cumsum(stratum_sizes) - stratum_sizes, stratum_sizes)
@@ -232,7 +241,13 @@ class GroupSampler:
         self.group_start = np.cumsum(self.group_size) - self.group_size
 
     def draw(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        drawn = self.group_order[self.stratum_start + rng.integers(self.stratum_size)]
+        """Raises ValueError where a stratum is missed again and again."""
+        for _ in range(_MAX_DRAWS):
+            drawn = self.group_order[self.stratum_start + rng.integers(self.stratum_size)]
+            if all(holds[drawn].any() for holds in self._missable):
+                break
+        else:
+            raise ValueError(f"in {_MAX_DRAWS} resamples in turn a class is missing; it goes with others in few groups")
         sizes = self.group_size[drawn]
         ends = np.cumsum(sizes)
         within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)

@@ -14,7 +14,7 @@ from data_prep.files import write_atomically
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A CSV with a header, whole or not at all; None is an empty cell, and a float reads back as the same one."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text)  # its line ends, \r\n, are what makes it quote a cell that holds one of them
     writer.writerow(columns)
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from pretrain.evaluation.classification import (
-    classification_metrics,
     softmax,
 )
-from pretrain.evaluation.statistics import Estimate, Floats, Groups, Ints, check_features
+from pretrain.evaluation.statistics import Floats, check_features
 from pretrain.prompts import check_templates
 
 
@@ -62,19 +61,3 @@ def zero_shot_logits(image_features: Floats, classifier: Floats, logit_scale: fl
 def probabilities(image_features: Floats, classifier: Floats, logit_scale: float) -> NDArray[np.float64]:
     """Softmax over classes of `zero_shot_logits`: (N, C) float64, rows summing to 1."""
     return softmax(zero_shot_logits(image_features, classifier, logit_scale))
-
-
-def zero_shot_metrics(
-    image_features: Floats,
-    labels: Ints,
-    classifier: Floats,
-    logit_scale: float,
-    groups: Groups | None = None,
-    *,
-    num_resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> dict[str, Estimate]:
-    """`classification_metrics` of `zero_shot_logits`. labels: (N,) integers in [0, C)."""
-    logits = zero_shot_logits(image_features, classifier, logit_scale)
-    return classification_metrics(labels, logits, groups, num_resamples=num_resamples, confidence=confidence, seed=seed)

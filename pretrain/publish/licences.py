@@ -22,7 +22,6 @@ class Licence:
     share_alike: bool = False  # derived works keep the licence
     attribution: bool = True
     redistribution: bool = True
-    version: str = ""  # of a Creative Commons licence; "" where the source names none
     url: str = ""
 
     @property
@@ -144,7 +143,6 @@ def creative_commons(parts: tuple[str, ...], version: str = "4.0") -> Licence:
         commercial="nc" not in parts,
         derivatives="nd" not in parts,
         share_alike="sa" in parts,
-        version=version,
         url=url,
     )
 

@@ -158,19 +158,17 @@ def _fresh_folder(folder: Path) -> Path:
 
 
 def _results(checkpoint: Path, paths: Sequence[Path], repo: str) -> dict[str, EvaluationResult]:
-    """By a name for the file. The model is named as it will be found, and its training data without its place."""
+    """By a name for the file. The model is named as it will be found."""
     results: dict[str, EvaluationResult] = {}
     digest = load_encoder(checkpoint).info.digest if paths else ""
     for path in paths:
         result = read_result(path)
         model = result.model.model_copy(update={"name": repo})
-        leakage = result.leakage
-        if leakage is not None:
-            leakage = leakage.model_copy(update={"training_data": Path(leakage.training_data).name})
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", result.dataset.name).strip("-.") or "evaluation"
         if name in results:
             raise InputError(f"{path}: a second evaluation on {result.dataset.name}; choose one with --evaluation")
-        results[name] = result.model_copy(update={"model": model, "leakage": leakage})
+        # the message of an error can hold a path
+        results[name] = result.model_copy(update={"model": model, "failed": dict.fromkeys(result.failed, "failed")})
         if result.model.digest != digest:
             raise InputError(
                 f"{path}: of other weights ({result.model.name}, {result.model.digest}) than {checkpoint} ({digest}); "

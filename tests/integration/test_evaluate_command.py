@@ -7,10 +7,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import pretrain.evaluation.datasets.data as datasets_data
+from data_prep.images.convert import ImageRejected
+from data_prep.prepare import prepare
+from data_prep.sources.base import ImageReference
 from pretrain.cli import main
 from pretrain.evaluation.results import read_result
+from tests.integration.tables import table_config
 from tests.unit.evaluation.dataset_files import write_image
 from tests.unit.evaluation.dataset_files import write_table as write_csv
 from tests.unit.evaluation.models import MODELS, save_model
@@ -89,6 +95,67 @@ def test_a_task_that_fails_is_named_and_the_others_stay(
     config.write_text("tasks: {zero_shot: {templates: of_nobody}}")
     assert evaluate(model, description, tmp_path / "alone", "--config", str(config)) == 2
     assert "error: zero_shot: " in capsys.readouterr().err
+
+
+def test_a_failure_is_kept_beside_later_tasks(model: Path, description: Path, tmp_path: Path) -> None:
+    out, config = tmp_path / "out", tmp_path / "tasks.yaml"
+    config.write_text("tasks: {zero_shot: {templates: of_nobody}, retrieval: {}}")
+    assert evaluate(model, description, out, "--config", str(config)) == 2
+    assert evaluate(model, description, out, "--tasks", "concepts") == 2
+    result = read_result(out)
+    assert [task.task for task in result.tasks] == ["retrieval", "concepts"] and set(result.failed) == {"zero_shot"}
+    assert evaluate(model, description, out, "--tasks", "zero_shot") == 0
+    assert not read_result(out).failed
+
+
+def test_another_models_numbers_and_tables_do_not_stay(model: Path, description: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", save_model(tmp_path / "other", MODELS["custom_text"])
+    assert evaluate(model, description, out, "--tasks", "retrieval") == 0
+    assert evaluate(other, description, out, "--tasks", "zero_shot") == 0
+    assert [task.task for task in read_result(out).tasks] == ["zero_shot"]
+    assert {path.name for path in out.glob("*.csv")} == {"zero_shot_probabilities.csv"}
+    (out / "evaluation.json").write_text('{"schema_version": 0}')  # of another version
+    assert evaluate(other, description, out, "--tasks", "zero_shot") == 0
+
+
+def test_the_overlap_is_of_the_rows_that_are_left(model: Path, description: Path, tmp_path: Path) -> None:
+    """Images 0 and 8 are trained on. Image 5, between them, is left out at first and mended afterwards."""
+    folder = tmp_path / "training" / "img"
+    folder.mkdir(parents=True)
+    for number in (0, 8):
+        shutil.copy(tmp_path / "images" / f"{number}.jpg", folder / f"{number}.jpg")
+    rows = [{"file": f"{number}.jpg", "text": f"a lesion, number {number}"} for number in (0, 8)]
+    write_csv(folder.parent / "t.csv", rows)
+    prepare(table_config(folder.parent, images={"min_side_px": 1}))
+    train = ("--training-data", str(folder.parent / "out" / "train"), "--tasks", "zero_shot")
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert evaluate(model, description, out, *train) == 0
+        result = read_result(out)
+        assert result.leakage is not None and result.leakage.num_same_pixels == 2
+        accuracy = result.tasks[0].without_overlap["accuracy"]
+        assert accuracy.n == result.dataset.num_images - 2
+        with (out / "zero_shot_probabilities.csv").open(newline="") as file:
+            left = [row for row in csv.DictReader(file) if row["key"] not in ("dots-000000001", "dots-000000009")]
+        assert accuracy.value == pytest.approx(np.mean([row["label"] == row["predicted"] for row in left]))
+        write_image(tmp_path / "images" / "5.jpg", 5)
+        shutil.rmtree(out)
+
+
+def test_a_fault_of_the_disk_is_not_taken_for_a_bad_image(
+    model: Path, description: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fault is made: reading fails as the operating system reports it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets_data, "read_image", unreadable)
+        assert evaluate(model, description, tmp_path / "out") == 2
+        assert "cannot be read (OSError); when it can be, the same command goes on" in capsys.readouterr().err
+    assert evaluate(model, description, tmp_path / "out") == 0
+    assert read_result(tmp_path / "out").dataset.num_images == NUM_IMAGES - 2
+
+
+def unreadable(_reference: ImageReference) -> bytes:
+    raise ImageRejected("the image file cannot be read (OSError)", may_pass=True)
 
 
 def test_further_tasks_join_those_before_and_encode_nothing_again(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, PassingError
 from data_prep.files import write_atomically
 from data_prep.images.convert import ImageRejected, read_image
 from data_prep.salt import hash_group, salt_of_environment
@@ -32,7 +32,7 @@ class EvalSet:
     name: str
     rows: Sequence[Row]
     classnames: tuple[str, ...]
-    digest: str  # 16 hex digits, of keys, classes, labels, texts, questions, concepts and the images' sizes in bytes
+    digest: str  # 16 hex digits, of all that rows say but for patients, and the images' sizes in bytes
     rejected: Sequence[Mapping[str, str]]
     images: tuple[ImageReference, ...] = field(repr=False)
     notes: tuple[str, ...] = ()  # what a reader must know: rows left out, values not used, classes without rows
@@ -54,13 +54,15 @@ class EvalSet:
         )
 
     def read_image(self, position: int) -> bytes:
-        """The bytes of one image file. Raises InputError, naming the row by its key."""
+        """The bytes of one image file. Raises InputError, naming the row by its key; PassingError for a fault of the
+        disk."""
         try:
             return read_image(self.images[position])
         except ImageRejected as problem:
-            raise InputError(
-                f"{self.name}: {self.rows[position].key}: {problem}; put the image back or take its row out"
-            ) from None
+            message = f"{self.name}: {self.rows[position].key}: {problem}"
+            if problem.may_pass:
+                raise PassingError(f"{message}; when it can be, the same command goes on") from None
+            raise InputError(f"{message}; put the image back or take its row out") from None
 
 
 def undecodable(data: EvalData, reason_of: Mapping[int, str]) -> list[dict[str, str]]:
@@ -284,8 +286,7 @@ def _digest(classnames: Sequence[str], rows: Iterable[Row], items: Iterable[Item
     """Patients' hashes are not in it: their salt can be another one."""
     digest = hashlib.sha256(json.dumps(list(classnames)).encode())
     for row, item in zip(rows, items, strict=True):
-        question = None if row.question is None else (row.question.text, row.question.options, row.question.answer)
-        concepts = sorted((row.concepts or {}).items())
-        told = (row.key, row.label, row.texts, question, concepts, row.is_train, item.image.num_bytes)
-        digest.update(json.dumps(told).encode())
+        question = None if row.question is None else vars(row.question)
+        told = vars(row) | {"patient": None, "question": question, "num_bytes": item.image.num_bytes}
+        digest.update(json.dumps(told, sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -5,6 +5,7 @@ A YAML of this form is all that a data set needs; configs/eval/datasets/ holds r
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,8 +15,9 @@ from data_prep.schema import Frozen
 
 
 def fold(text: str) -> str:
-    """Two labels are one where these are equal: case, white space and underscores do not tell classes apart."""
-    return " ".join(text.replace("_", " ").split()).casefold()
+    """Two labels are one where these are equal: case, white space, underscores and the way in which Unicode composes
+    accents do not tell classes apart."""
+    return " ".join(unicodedata.normalize("NFC", text).replace("_", " ").split()).casefold()
 
 
 def _text_keys(value: Any) -> Any:

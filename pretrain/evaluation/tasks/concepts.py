@@ -23,7 +23,7 @@ from pretrain.evaluation.concepts import (
 from pretrain.evaluation.config import ConceptsTask, EvaluationSettings
 from pretrain.evaluation.groups import by_group
 from pretrain.evaluation.interfaces import JOINT, EvalData, Row, TaskInput
-from pretrain.evaluation.results import ByGroup, Metric, TaskResult
+from pretrain.evaluation.results import TABLES, ByGroup, Metric, TaskResult, digest_of
 from pretrain.evaluation.statistics import Ints, bootstrap_interval, group_codes
 
 _PRIMARY = "mean_auroc"
@@ -52,7 +52,7 @@ def run(task: ConceptsTask, given: TaskInput) -> TaskResult:
     prompts = encode_prompts(given.encoder.encode_texts, synonyms)
     score_NK = concept_scores(np.asarray(given.features(JOINT))[positions], prompts)
     present_NK = _annotations(rows, concepts)
-    write_scores(given.out_dir / "concept_scores.csv", rows, concepts, score_NK, present_NK)
+    write_scores(given.out_dir / TABLES["concepts"], rows, concepts, score_NK, present_NK)
     scarcer_K = _num_scarcer(present_NK)
     in_mean_K = scarcer_K >= task.min_images
     overlap_N = None if given.overlap_N is None else given.overlap_N[positions]
@@ -85,6 +85,7 @@ def run(task: ConceptsTask, given: TaskInput) -> TaskResult:
             "reference_prompts": tuple(without for _, without in PROMPTS),
             "scale": SCALE,
             "terms": terms_path.name,
+            "terms_digest": digest_of(synonyms),
             "min_images": task.min_images,
             "concepts": concepts,
             "num_present": tuple((present_NK == 1).sum(axis=0).astype(float).tolist()),
@@ -131,9 +132,7 @@ def _mean_auroc(
         [np.arange(len(known))],
         groups=patients,
         strata=scarcest,
-        num_resamples=settings.num_resamples,
-        confidence=settings.confidence,
-        seed=settings.seed,
+        **settings.resampling,
     )
     metric = Metric.of(estimate, chance=_CHANCE)
     if min(_num_patients(patients, scarcest == kind) for kind in (0, 1)) < 2:

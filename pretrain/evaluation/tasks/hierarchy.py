@@ -23,13 +23,12 @@ from pretrain.evaluation.hierarchy import (
     node_of_path,
 )
 from pretrain.evaluation.interfaces import EvalData, TaskInput
-from pretrain.evaluation.results import Metric, TaskResult
+from pretrain.evaluation.results import TABLES, Metric, TaskResult, digest_of, undefined
 from pretrain.evaluation.statistics import bootstrap_interval
 from pretrain.evaluation.tables import write_table
 from pretrain.evaluation.tasks import zero_shot
 from pretrain.evaluation.tasks.zero_shot import Classified, classify, is_scored
 
-TABLE_NAME = "hierarchy_predictions.csv"
 DISTANCE = "tree_distance"
 
 
@@ -39,10 +38,11 @@ def lacks(data: EvalData, task: HierarchyTask | None = None) -> str | None:
         return reason
     ontology = None if task is None else task.ontology
     node_of = _nodes_of_classes(ontology, data)[1]
-    if len(node_of) < 2:
+    if (num_nodes := len(set(node_of.values()))) < 2:
         source = "its diagnosis paths have" if ontology is None else f"{ontology.name} has"
         remedy = "name an ontology that has them (hierarchy: {ontology: FILE})"
-        return f"{source} {len(node_of)} of its classes, and scoring needs two; {remedy}"
+        where = "" if num_nodes == len(node_of) else f" at {num_nodes} place"
+        return f"{source} {len(node_of)} of its classes{where}, and scoring needs two; {remedy}"
     return None if any(is_scored(row, list(node_of)) for row in data.rows) else "no image has a class of the hierarchy"
 
 
@@ -63,22 +63,27 @@ def run(task: HierarchyTask, given: TaskInput) -> TaskResult:
     label_N, predicted_N = classified.label_N, classified.predicted_N
     right_LN = scores.right_LCC[:, label_N, predicted_N]
     distance_N = scores.distance_CC[label_N, predicted_N]
-    _write_predictions(given.out_dir / TABLE_NAME, classified, right_LN, distance_N)
+    _write_predictions(given.out_dir / TABLES["hierarchy"], classified, right_LN, distance_N)
     every = np.ones(len(label_N), dtype=bool)
-    kept = every if classified.overlap_N is None else ~classified.overlap_N
+    metrics = _metrics(classified, scores, every, given.settings)
+    without_overlap = {}
+    if classified.overlap_N is not None and classified.overlap_N.any():
+        kept = ~classified.overlap_N
+        without_overlap = _metrics(classified, scores, kept, given.settings) if kept.any() else undefined(metrics)
     missing = [name for name in given.data.classnames if name not in node_of]
     notes = [f"Classes that the hierarchy does not have, left out: {', '.join(missing)}."] if missing else []
     return TaskResult(
         task="hierarchy",
         primary=DISTANCE,
-        metrics=_metrics(classified, scores, every, given.settings),
-        without_overlap=_metrics(classified, scores, kept, given.settings) if 0 < kept.sum() < len(kept) else {},
+        metrics=metrics,
+        without_overlap=without_overlap,
         by_group=by_group(
             classified.rows, DISTANCE, np.mean, [distance_N], given.settings, is_share=False, lower_is_better=True
         ),
         settings={
             "templates": task.templates,
             "ontology": "diagnosis_path" if task.ontology is None else task.ontology.name,
+            "ontology_digest": digest_of([node_of, np.nan_to_num(scores.distance_CC, nan=-1).tolist()]),
             "num_classes": len(classnames),
             "num_levels": scores.num_levels,
         },
@@ -114,9 +119,7 @@ def _metrics(
             [values_N[scored]],
             groups=[patients[row] for row in scored.tolist()],
             strata=label_N[scored],
-            num_resamples=settings.num_resamples,
-            confidence=settings.confidence,
-            seed=settings.seed,
+            **settings.resampling,
         )
         chance = float(values_CC[label_N[scored]].mean())
         return Metric.of(estimate, chance, is_share=is_share, lower_is_better=not is_share)

@@ -22,7 +22,7 @@ from pretrain.evaluation.multiple_choice import (
     option_probabilities,
     write_answers,
 )
-from pretrain.evaluation.results import Metric, TaskResult
+from pretrain.evaluation.results import TABLES, Metric, TaskResult
 from pretrain.evaluation.statistics import (
     Bools,
     Estimate,
@@ -54,7 +54,7 @@ def run(task: MultipleChoiceTask, given: TaskInput) -> TaskResult:
     cosine_NM = option_cosines(np.asarray(given.features(JOINT))[positions], text_TD, text_NM)
     predicted_N = choose(cosine_NM)
     share_NM = option_probabilities(cosine_NM, given.encoder.logit_scale)
-    write_answers(given.out_dir / "multiple_choice_answers.csv", rows, questions, predicted_N, share_NM)
+    write_answers(given.out_dir / TABLES["multiple_choice"], rows, questions, predicted_N, share_NM)
 
     is_right_N = predicted_N == [question.answer for question in questions]
     probability_N = np.nanmax(share_NM, axis=1)
@@ -73,7 +73,7 @@ def run(task: MultipleChoiceTask, given: TaskInput) -> TaskResult:
         by_group=by_group(
             rows,
             "accuracy",
-            _share,
+            np.mean,
             [is_right_N],
             given.settings,
             chance=chance_level(questions) if has_one_chance else None,
@@ -111,13 +111,11 @@ def _metrics(
             statistic,
             arrays,
             groups=patients,
-            num_resamples=settings.num_resamples,
-            confidence=settings.confidence,
-            seed=settings.seed,
+            **settings.resampling,
             centred=centred,
         )
 
-    accuracy = Metric.of(estimate(_share, is_right), chance=chance_level([questions[row] for row in chosen.tolist()]))
+    accuracy = Metric.of(estimate(np.mean, is_right), chance=chance_level([questions[row] for row in chosen.tolist()]))
     # repeated rows make the error larger, so its draws are centred; it cannot be below 0
     error = Metric.of(estimate(calibration_error, probability, is_right, centred=True), lower_is_better=True)
     no_interval = {"low": None, "high": None} if group_codes(patients).max() == 0 else {}
@@ -125,10 +123,6 @@ def _metrics(
         "accuracy": accuracy.model_copy(update=no_interval),
         "calibration_error": error.model_copy(update={"low": max(error.low or 0.0, 0.0), **no_interval}),
     }
-
-
-def _share(is_right_N: Bools) -> float:
-    return float(np.mean(is_right_N))
 
 
 def _by_kind(

@@ -5,7 +5,7 @@ Shapes: N images to test on, S seeds, C classes, L width of the features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from pretrain.evaluation.config import EvaluationSettings, ProbeTask
 from pretrain.evaluation.groups import by_group
 from pretrain.evaluation.interfaces import EvalData, Row, TaskInput
 from pretrain.evaluation.probe import few_shots, held_out_patients, probe, probe_cost, share_of_patients
-from pretrain.evaluation.results import Confusion, Curve, Metric, TaskResult
+from pretrain.evaluation.results import TABLES, Confusion, Curve, Metric, TaskResult, undefined
 from pretrain.evaluation.statistics import (
     Bools,
     Ints,
@@ -28,8 +28,6 @@ from pretrain.evaluation.statistics import (
     weighted_f1,
 )
 from pretrain.evaluation.tables import write_table
-
-TABLE_NAME = "probe_predictions.csv"
 
 _OF_PREDICTED: dict[str, Callable[[Ints, Ints], float]] = {
     "accuracy": accuracy,
@@ -112,8 +110,9 @@ def run(task: ProbeTask, given: TaskInput) -> TaskResult:
     ]
     _write_predictions(given, labelled, amounts)
     everything = np.ones(len(labelled.test), dtype=bool)
-    metrics = {amount.name: _metrics(labelled, amount, everything, settings) for amount in amounts}
-    without_overlap, notes = _without_overlap(given, labelled, amounts)
+    by_amount = {amount.name: _metrics(labelled, amount, everything, settings) for amount in amounts}
+    metrics = {f"{name}@{amount}": metric for amount, of in by_amount.items() for name, metric in of.items()}
+    without_overlap, notes = _without_overlap(given, labelled, amounts, metrics)
     most = max(amounts, key=lambda amount: (amount.is_share, amount.value))
     primary = f"balanced_accuracy@{most.name}"
     predicted_N, names = most.predicted_NS[:, 0], labelled.classnames
@@ -122,7 +121,7 @@ def run(task: ProbeTask, given: TaskInput) -> TaskResult:
     return TaskResult(
         task="probe",
         primary=primary,
-        metrics={f"{name}@{amount}": metric for amount, of in metrics.items() for name, metric in of.items()},
+        metrics=metrics,
         without_overlap=without_overlap,
         by_group=by_group(
             labelled.test_rows,
@@ -130,11 +129,10 @@ def run(task: ProbeTask, given: TaskInput) -> TaskResult:
             _over_seeds(balanced_accuracy),
             [labelled.test_label, most.predicted_NS],
             settings,
-            strata=labelled.test_label,
         ),
         per_class={name: Metric.of(recall, chance=1 / len(names)) for name, recall in recalls.items()},
         confusion=Confusion(classnames=names, counts=tuple(map(tuple, counts.tolist()))),
-        curves=_curves(amounts, metrics),
+        curves=_curves(amounts, by_amount),
         settings=_settings(task, labelled, amounts, features.shape[1]),
         notes=(*_notes(task, given.data, labelled, amounts, most), *notes),
     )
@@ -231,23 +229,21 @@ def _metrics(labelled: _Labelled, amount: _Amount, kept_N: Bools, settings: Eval
             arrays,
             groups=patients,
             strata=label_N,
-            num_resamples=settings.num_resamples,
-            confidence=settings.confidence,
-            seed=settings.seed,
+            **settings.resampling,
         )
         metrics[name] = Metric.of(estimate, chance.get(name))
     return metrics
 
 
 def _without_overlap(
-    given: TaskInput, labelled: _Labelled, amounts: Sequence[_Amount]
+    given: TaskInput, labelled: _Labelled, amounts: Sequence[_Amount], metrics: Mapping[str, Metric]
 ) -> tuple[dict[str, Metric], list[str]]:
     """The same probes, on the test images that the encoder's training data does not hold."""
     if given.overlap_N is None or not given.overlap_N[labelled.test].any():
         return {}, []
     kept_N = ~given.overlap_N[labelled.test]
     if not kept_N.any():
-        return {}, ["All images tested on are in the encoder's training data."]
+        return undefined(metrics), ["All images tested on are in the encoder's training data."]
     return {
         f"{name}@{amount.name}": metric
         for amount in amounts
@@ -339,7 +335,7 @@ def _notes(
 def _write_predictions(given: TaskInput, labelled: _Labelled, amounts: Sequence[_Amount]) -> None:
     first_seed = given.settings.seed
     write_table(
-        given.out_dir / TABLE_NAME,
+        given.out_dir / TABLES["probe"],
         ("share", "seed", "key", "patient", "label", "predicted"),
         (
             (

@@ -5,7 +5,7 @@ Shapes: N images, U distinct texts, P pairs, D joint width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from data_prep.errors import InputError
 from pretrain.evaluation.config import EvaluationSettings, RetrievalTask
 from pretrain.evaluation.groups import by_group
 from pretrain.evaluation.interfaces import JOINT, EvalData, Row, TaskInput
-from pretrain.evaluation.results import Curve, Metric, TaskResult
+from pretrain.evaluation.results import TABLES, Curve, Metric, TaskResult, undefined
 from pretrain.evaluation.retrieval import (
     ResamplingGroups,
     chance_levels,
@@ -82,14 +82,15 @@ def run(task: RetrievalTask, given: TaskInput) -> TaskResult:
             "Captions and patients link more than half of the images: intervals resample images by patient, and texts "
             "one by one."
         )
-    without_overlap, overlap_notes = _without_overlap(task, given, positions, all_)
+    metrics = _metrics(all_, image_rank, text_rank, groups, ks, given.settings)
+    without_overlap, overlap_notes = _without_overlap(task, given, positions, all_, metrics)
     k = min(ks, key=lambda k: abs(k - 10))
     return TaskResult(
         task="retrieval",
         primary="mean_recall",
-        metrics=_metrics(all_, image_rank, text_rank, groups, ks, given.settings),
+        metrics=metrics,
         without_overlap=without_overlap,
-        by_group=by_group(rows, f"image_to_text_recall@{k}", _share, [image_rank < k], given.settings),
+        by_group=by_group(rows, f"image_to_text_recall@{k}", np.mean, [image_rank < k], given.settings),
         curves=(
             _curve("image to text", image_rank, len(texts)),
             _curve("text to image", text_rank, len(rows)),
@@ -159,7 +160,7 @@ def _metrics(
 
 
 def _without_overlap(
-    task: RetrievalTask, given: TaskInput, positions: Sequence[int], all_: _Candidates
+    task: RetrievalTask, given: TaskInput, positions: Sequence[int], all_: _Candidates, metrics: Mapping[str, Metric]
 ) -> tuple[dict[str, Metric], list[str]]:
     """Images that the training data holds are neither queries nor candidates, nor are texts that only they have."""
     if given.overlap_N is None or not given.overlap_N[positions].any():
@@ -167,22 +168,23 @@ def _without_overlap(
     kept = np.flatnonzero(~given.overlap_N[positions])
     num_texts = len({text for n in kept for text in all_.rows[n].texts})
     if min(len(kept), num_texts) < 2:
-        return {}, [f"Without the overlap {len(kept)} images with {num_texts} distinct texts are left: too few."]
+        few = f"Without the overlap {len(kept)} images with {num_texts} distinct texts are left: too few."
+        return undefined(metrics), [few]
     rest = _candidates([all_.rows[n] for n in kept], all_.image_ND[kept], all_.texts, all_.text_UD)
     ks, notes = _usable_ks(task.ks, rest)
     notes = [f"Without the overlap: {note}" for note in notes]
     if not ks:
-        return {}, notes
+        return undefined(metrics), notes
     image_rank, text_rank = retrieval_ranks(rest.image_ND, rest.text_UD, rest.pair_P2)
     groups = resampling_groups(rest.pair_P2, len(rest.rows), len(rest.texts), rest.patients)
-    metrics = _metrics(rest, image_rank, text_rank, groups, ks, given.settings)
+    without = _metrics(rest, image_rank, text_rank, groups, ks, given.settings)
     if ks != _usable_ks(task.ks, all_)[0]:
-        del metrics["mean_recall"]  # over other ks it is another number
+        del without["mean_recall"]  # over other ks it is another number
     notes.append(
         f"Without the overlap there are {len(rest.rows)} images and {len(rest.texts)} texts to choose from, and among "
         "fewer candidates recall is higher for any model."
     )
-    return metrics, notes
+    return without, notes
 
 
 def _write_ranks(
@@ -211,13 +213,9 @@ def _write_ranks(
         ("text_to_image", f"text-{u:06d}", patient, rank + 1)
         for u, (patient, rank) in enumerate(zip(of_text, text_rank.tolist(), strict=True))
     )
-    write_table(given.out_dir / "retrieval_ranks.csv", ("direction", "key", "patient", "rank"), [*images, *texts])
+    write_table(given.out_dir / TABLES["retrieval"], ("direction", "key", "patient", "rank"), [*images, *texts])
 
 
 def _curve(name: str, rank: NDArray[np.int64], num_candidates: int) -> Curve:
     k, recall = cumulative_match(rank, num_candidates)
     return Curve(kind="cumulative_match", name=name, x=tuple(k.tolist()), y=tuple(recall.tolist()))
-
-
-def _share(is_found: NDArray[np.bool_]) -> float:
-    return float(np.mean(is_found))

@@ -5,9 +5,8 @@ Shapes: N images that are scored, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +25,11 @@ from pretrain.evaluation.classification import (
 from pretrain.evaluation.config import EvaluationSettings, ZeroShotTask
 from pretrain.evaluation.groups import by_group
 from pretrain.evaluation.interfaces import JOINT, EvalData, Row, TaskInput
-from pretrain.evaluation.results import ByGroup, Confusion, Metric, TaskResult
+from pretrain.evaluation.results import TABLES, ByGroup, Confusion, Metric, TaskResult, undefined
 from pretrain.evaluation.statistics import Bools, accuracy, balanced_accuracy, macro_auroc
 from pretrain.evaluation.tables import write_table
 from pretrain.evaluation.zero_shot import build_classifier, zero_shot_logits
 from pretrain.prompts import TEMPLATES_PATH, load_templates
-
-TABLE_NAME = "zero_shot_probabilities.csv"
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def run(task: ZeroShotTask, given: TaskInput) -> TaskResult:
         task="zero_shot",
         primary=primary,
         metrics=metrics,
-        without_overlap=_without_overlap(classified, settings),
+        without_overlap=_without_overlap(classified, metrics, settings),
         by_group=_by_group(classified, primary, settings),
         per_class={name: Metric.of(recall, chance=1 / len(classnames)) for name, recall in recalls.items()},
         confusion=Confusion(
@@ -157,9 +154,7 @@ def _metrics(classified: Classified, kept_N: Bools, settings: EvaluationSettings
         classified.label_N[kept_N],
         classified.logits_NC[kept_N],
         [classified.patients[row] for row in np.flatnonzero(kept_N).tolist()],
-        num_resamples=settings.num_resamples,
-        confidence=settings.confidence,
-        seed=settings.seed,
+        **settings.resampling,
     )
     chance = chance_levels(len(classified.classnames))
     return {
@@ -168,11 +163,15 @@ def _metrics(classified: Classified, kept_N: Bools, settings: EvaluationSettings
     }
 
 
-def _without_overlap(classified: Classified, settings: EvaluationSettings) -> dict[str, Metric]:
-    """Of the images that the training data does not hold; {} where it holds none of them, or all."""
+def _without_overlap(
+    classified: Classified, metrics: Mapping[str, Metric], settings: EvaluationSettings
+) -> dict[str, Metric]:
+    """Of the images that the training data does not hold; {} where it holds none of them, undefined where all."""
     overlap_N = classified.overlap_N
-    if overlap_N is None or not overlap_N.any() or overlap_N.all():
+    if overlap_N is None or not overlap_N.any():
         return {}
+    if overlap_N.all():
+        return undefined(metrics)
     return _metrics(classified, ~overlap_N, settings)
 
 
@@ -186,17 +185,16 @@ def _by_group(classified: Classified, primary: str, settings: EvaluationSettings
     chance = chance_levels(len(classified.classnames))
     decided = [label_N, predicted_N]
     groups = by_group(rows, "accuracy", accuracy, decided, settings, chance=chance["accuracy"])
-    kind: dict[str, Any] = {"chance": chance[primary], "strata": label_N}
     if primary == "auroc":
         scored = [label_N, logits_NC - logits_NC[:, ::-1]]
-        return groups + by_group(rows, primary, macro_auroc, scored, settings, **kind)
-    return groups + by_group(rows, primary, balanced_accuracy, decided, settings, **kind)
+        return groups + by_group(rows, primary, macro_auroc, scored, settings, chance=chance[primary])
+    return groups + by_group(rows, primary, balanced_accuracy, decided, settings, chance=chance[primary])
 
 
 def _write_probabilities(given: TaskInput, classified: Classified, probabilities_NC: NDArray[np.float64]) -> None:
     names = classified.classnames
     write_table(
-        given.out_dir / TABLE_NAME,
+        given.out_dir / TABLES["zero_shot"],
         ["key", "patient", "label", "predicted", *names],
         (
             [row.key, row.patient, row.label, names[predicted], *shares]

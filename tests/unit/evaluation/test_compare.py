@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from data_prep.errors import InputError
-from pretrain.evaluation.compare import Comparison, compare
+from pretrain.evaluation.compare import Comparison, Entry, compare
 from pretrain.evaluation.config import ConceptsTask, ZeroShotTask
 from pretrain.evaluation.interfaces import Row
 from pretrain.evaluation.results import (
@@ -48,6 +49,11 @@ def comparison(folders: dict[tuple[int, str], Path]) -> Comparison:
     return compare(list(folders.values()), num_resamples=100, num_permutations=100)
 
 
+def entry_of(comparison: Comparison, model: str, dataset: str) -> Entry:
+    (found,) = [entry for entry in comparison.entries if (entry.model, entry.dataset) == (model, dataset)]
+    return found
+
+
 def test_values_and_ranks(comparison: Comparison) -> None:
     assert [model.label for model in comparison.models] == ["tiny 0", "tiny 1", "tiny 2"]
     assert [data.name for data in comparison.datasets] == ["many", "two"] and len(comparison.entries) == 6
@@ -56,8 +62,7 @@ def test_values_and_ranks(comparison: Comparison) -> None:
     for dataset, metric in ranks.metrics.items():
         values = {}
         for model in comparison.models:
-            entry = comparison.entry(model.label, dataset)
-            assert entry is not None
+            entry = entry_of(comparison, model.label, dataset)
             values[model.label] = entry.result.tasks[0].metrics[metric].value
         assert sorted(values, key=lambda label: -values[label]) == sorted(
             values, key=lambda label: ranks.ranks[label][dataset]
@@ -76,8 +81,7 @@ def test_differences_are_of_the_values(comparison: Comparison) -> None:
     for difference in comparison.differences:
         values = []
         for label in (difference.first, difference.second):
-            entry = comparison.entry(label, difference.dataset)
-            assert entry is not None
+            entry = entry_of(comparison, label, difference.dataset)
             values.append(entry.result.tasks[0].metrics[difference.metric].value)
         found = difference.value
         assert found.value == pytest.approx(values[1] - values[0], abs=1e-9)
@@ -294,6 +298,18 @@ def test_concepts_are_compared_by_the_ranks_of_their_scores(tmp_path: Path) -> N
     path.write_text(path.read_text().replace(":present", ":shown"))
     with pytest.raises(InputError, match="does not say which image shows which concept; evaluate again"):
         compare([folders[0], copy])
+
+
+def test_other_synonyms_are_another_question(tmp_path: Path) -> None:
+    rows, folders = with_concepts(60), []
+    for model, word in enumerate(("ulcer", "a photograph of a dog")):
+        terms = tmp_path / f"{model}" / "terms.json"
+        terms.parent.mkdir()
+        terms.write_text(json.dumps({"ulcer": [word], "scale": ["scale"]}))
+        given = make_input(tmp_path / str(model), rows, model_seed=model)
+        folders.append(write_evaluation(given, concepts.run(ConceptsTask(terms=terms), given)))
+    found = compare(folders)
+    assert found.differences == () and "different terms_digest" in found.notes[0]
 
 
 def test_damaged_tables_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from data_prep.config import ImageOptions
-from data_prep.errors import InputError
+from data_prep.errors import InputError, PassingError
 from data_prep.images.convert import decode_image
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.transforms import decode
@@ -131,19 +131,26 @@ def test_an_image_that_cannot_be_decoded_is_left_out_with_its_reason(
         image_features(encoder, data, ("joint", "tower"), tmp_path, SETTINGS)
 
 
-def test_a_file_that_cannot_be_read_is_not_named(encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path) -> None:
-    """Its name could be a patient's."""
-
-    class Gone(Pictures):
+def test_a_fault_of_the_disk_ends_the_run_and_rejects_nothing(
+    encoder: OpenClipEncoder, images: list[bytes], tmp_path: Path
+) -> None:
+    class Ill(Pictures):
         def read_image(self, position: int) -> bytes:
-            if position == 1:
-                raise FileNotFoundError(2, "No such file", "/data/Jane Doe.jpg")
+            if position == CHUNK_ROWS + 1:
+                raise PassingError("pictures: key-0257: the image file cannot be read (OSError)")
             return super().read_image(position)
 
-    found = image_features(encoder, Gone(images[:2]), ("joint",), tmp_path, SETTINGS)
-    assert found.rejected == {1: "the image file cannot be read"}
-    with pytest.raises(InputError, match="no image could be decoded"):
-        joint(encoder, Pictures([b"no image"]), tmp_path / "none")
+    with pytest.raises(PassingError, match="key-0257: the image file cannot be read"):
+        joint(encoder, Ill(images), tmp_path)
+    again = Pictures(images)
+    found = image_features(encoder, again, ("joint",), tmp_path, SETTINGS)
+    assert not found.rejected and len(found.by_layer["joint"]) == NUM_IMAGES
+    assert again.read[0] == CHUNK_ROWS  # and what was done is kept
+
+
+def test_no_image_at_all_is_an_error(encoder: OpenClipEncoder, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no image could be decoded; the first: not an image"):
+        joint(encoder, Pictures([b"no image"]), tmp_path)
 
 
 def test_files_that_were_damaged_are_named_with_the_remedy(

@@ -9,7 +9,7 @@ from pretrain.evaluation.config import EvaluationSettings
 from pretrain.evaluation.groups import by_group
 from pretrain.evaluation.interfaces import Row
 from pretrain.evaluation.results import ByGroup
-from pretrain.evaluation.statistics import bootstrap_interval, macro_auroc
+from pretrain.evaluation.statistics import balanced_accuracy, bootstrap_interval, macro_auroc
 
 SETTINGS = EvaluationSettings(num_resamples=300, min_group_size=4)
 
@@ -125,3 +125,18 @@ def test_what_is_undefined_has_no_interval() -> None:
     one = first_of(of_one_patient, np.array([1.0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0]))
     assert one.groups["male"].value == pytest.approx(5 / 6) and one.groups["male"].low is None
     assert one.gap is not None and one.gap.value is not None and one.gap.low is None
+
+
+def test_a_group_with_one_image_of_most_classes_has_an_interval_as_wide_as_its_ignorance() -> None:
+    """Twelve classes and 24 images a site. Against the spread of sites that really differ by chance alone."""
+    rng = np.random.default_rng(1)
+    sites = np.repeat(np.arange(40), 24)
+    labels = np.tile(np.repeat(np.arange(12), 2), 40)
+    predicted = np.where(rng.random(len(labels)) < 0.6, labels, (labels + 1) % 12)
+    rows = [Row(key=str(number), attributes={"body_site": f"site {site:02d}"}) for number, site in enumerate(sites)]
+    settings = EvaluationSettings(num_resamples=200)
+    (found,) = by_group(rows, "balanced_accuracy", balanced_accuracy, [labels, predicted], settings)
+    metrics = list(found.groups.values())
+    spread = np.std([metric.value for metric in metrics])
+    widths = [metric.high - metric.low for metric in metrics]
+    assert 0.75 < np.mean(widths) / (2 * 1.96 * spread) < 1.4

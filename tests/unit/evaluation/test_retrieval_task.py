@@ -111,7 +111,8 @@ def test_without_overlap_is_the_evaluation_of_the_rest(tmp_path: Path) -> None:
     assert whole.metrics != rest.metrics
     everything = np.ones(NUM_IMAGES, dtype=bool)
     none_left = run(RetrievalTask(), task_input(Data(rows), {"joint": images}, tmp_path, texts, everything))
-    assert none_left.without_overlap == {} and "too few" in none_left.notes[-1]
+    assert all(m.value is None and m.n == 0 for m in none_left.without_overlap.values())
+    assert none_left.without_overlap.keys() == none_left.metrics.keys() and "too few" in none_left.notes[-1]
 
 
 def test_generic_captions_are_said_to_link_everything(tmp_path: Path) -> None:

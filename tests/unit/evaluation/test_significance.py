@@ -145,3 +145,12 @@ def test_two_models_and_ties() -> None:
     # with two models the critical difference is that of a sign test; scipy's Wilcoxon test of the same kind agrees
     clear = rank_models(np.stack([np.arange(12.0) + 1, np.arange(12.0)]), [False] * 12)
     assert clear.not_different == () and wilcoxon(np.arange(12.0) + 1, np.arange(12.0)).pvalue < 0.05
+
+
+def test_no_interval_and_no_bootstrap_p_where_there_is_nothing_to_draw() -> None:
+    """One patient of each class: every resample is the data itself, and would look certain."""
+    labels = np.arange(6)
+    first, second = np.zeros(6, dtype=np.int64), labels
+    found = paired_difference(balanced_accuracy, first, second, [labels], groups=list("abcdef"), strata=labels)
+    assert found.estimate.value == pytest.approx(5 / 6) and np.isnan(found.estimate.low) and np.isnan(found.p_bootstrap)
+    assert found.p_permutation == pytest.approx(2 / 2**5)

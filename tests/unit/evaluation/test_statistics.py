@@ -10,6 +10,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 from pretrain.evaluation.results import Metric
 from pretrain.evaluation.statistics import (
+    GroupSampler,
     accuracy,
     balanced_accuracy,
     bootstrap_interval,
@@ -141,6 +142,28 @@ def test_coverage_with_and_without_groups() -> None:
             covered[name] += interval.low <= 0.7 <= interval.high
     assert 0.89 <= covered["groups"] / num_populations <= 0.99
     assert covered["rows"] / num_populations <= 0.78
+
+
+def test_coverage_where_patients_have_several_classes() -> None:
+    """Each patient has a set of classes of its own, and right answers go together within a patient."""
+    rng = np.random.default_rng(3)
+    num_covered = 0
+    for _ in range(100):
+        patients = np.repeat(np.arange(60), 4)
+        labels = rng.integers(12, size=240)
+        is_right = rng.random(240) < rng.beta(2, 1, size=60)[patients]
+        predicted = np.where(is_right, labels, (labels + 1) % 12)
+        found = bootstrap_interval(accuracy, [labels, predicted], groups=patients, strata=labels, num_resamples=100)
+        num_covered += found.low <= 2 / 3 <= found.high
+    assert num_covered >= 84  # of 100; a sixth of that where each set of classes was a stratum
+
+
+def test_a_class_that_no_group_is_drawn_for_is_in_every_resample() -> None:
+    # class 2 goes with a rarer one in each of its groups
+    codes, strata = np.array([0, 0, 1, 1, 2, 3, 4, 5, 6]), np.array([0, 2, 1, 2, 0, 1, 3, 3, 3])
+    sampler, rng = GroupSampler(codes, strata), np.random.default_rng(0)
+    seen = [set(strata[sampler.draw(rng)].tolist()) for _ in range(300)]
+    assert all(classes == {0, 1, 2, 3} for classes in seen)
 
 
 def test_undefined_statistic_is_not_hidden() -> None:

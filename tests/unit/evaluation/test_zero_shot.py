@@ -11,8 +11,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from data_prep.errors import InputError
-from pretrain.evaluation.classification import chance_levels, confusion_matrix, per_class_recall, top_predictions
-from pretrain.evaluation.zero_shot import build_classifier, probabilities, zero_shot_metrics
+from pretrain.evaluation.classification import (
+    chance_levels,
+    classification_metrics,
+    confusion_matrix,
+    per_class_recall,
+    top_predictions,
+)
+from pretrain.evaluation.zero_shot import build_classifier, probabilities, zero_shot_logits
 from pretrain.prompts import load_templates
 
 TEMPLATES_PATH = Path(__file__).parents[3] / "configs" / "eval" / "templates.json"
@@ -85,6 +91,10 @@ def test_classnames_are_data_not_format_strings() -> None:
     assert seen == ["skin: {0.__class__}", "skin: a {} b"]
     with pytest.raises(InputError, match="distinct names"):
         build_classifier(encode_texts, ["nevus", "nevus"], ["{}"])
+
+
+def zero_shot_metrics(features, labels, classifier, logit_scale, **options):  # type: ignore[no-untyped-def]
+    return classification_metrics(labels, zero_shot_logits(features, classifier, logit_scale), **options)
 
 
 def test_probabilities_are_a_softmax_of_scaled_cosines() -> None:

@@ -96,10 +96,12 @@ def test_without_overlap_is_the_same_as_a_set_without_those_images(tmp_path: Pat
     as_train = [replace(row, is_train=bool(is_in)) for row, is_in in zip(rows, overlap_N, strict=True)]
     other = zero_shot.run(ZeroShotTask(), make_input(tmp_path, as_train))
     assert result.without_overlap == other.metrics and result.metrics != other.metrics
-    for overlap_N in (None, np.zeros(60, dtype=bool), np.ones(60, dtype=bool)):
-        without = zero_shot.run(ZeroShotTask(), make_input(tmp_path, rows, overlap_N=overlap_N))
-        assert without.without_overlap == {}
-        assert bool(without.notes) == (overlap_N is not None and bool(overlap_N.all()))  # then it is said
+    for overlap_N in (None, np.zeros(60, dtype=bool)):
+        assert zero_shot.run(ZeroShotTask(), make_input(tmp_path, rows, overlap_N=overlap_N)).without_overlap == {}
+    # nothing is left: then it is said, and no number can be taken for one
+    nothing = zero_shot.run(ZeroShotTask(), make_input(tmp_path, rows, overlap_N=np.ones(60, dtype=bool)))
+    assert nothing.without_overlap.keys() == nothing.metrics.keys() and nothing.notes
+    assert all(metric.value is None and metric.n == 0 for metric in nothing.without_overlap.values())
 
 
 def test_groups_are_scored_apart(tmp_path: Path) -> None:

@@ -303,7 +303,9 @@ def test_a_key_map_for_another_format_says_what_it_needs(tmp_path: Path, hf_clip
     path = saved(tmp_path / "model.safetensors", state)
     with pytest.raises(InputError, match=r"key_map hf_clip needs 'transformer.resblocks.0.attn.v_proj.bias', which"):
         load_weights(clip(2), image_weights(path, key_map="hf_clip"))
-    with pytest.raises(InputError, match=r"a whole model of its format needs 'transformer.resblocks.0.attn.v_proj.bias'"):
+    with pytest.raises(
+        InputError, match=r"a whole model of its format needs 'transformer.resblocks.0.attn.v_proj.bias'"
+    ):
         load_weights(clip(2), whole(path))
 
 
