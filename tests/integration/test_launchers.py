@@ -57,6 +57,7 @@ def slurm_task(rank: int) -> dict[str, str]:
     return task | place | {"SLURM_JOB_ID": str(os.getpid())}
 
 
+@pytest.mark.long
 def test_every_launcher_starts_the_same_run(small_run: dict[str, Any], tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", small_run)
     torchrun = run(config, 2, f"run_dir={tmp_path / 'torchrun'}")

@@ -61,6 +61,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 # ---------------------------------------------------------------------------------------------- kill -9
 
 
+@pytest.mark.long
 def test_killed_at_twenty_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
     expected_dir, out_dir = tmp_path / "expected", tmp_path / "killed"
     started = time.monotonic()

@@ -236,6 +236,7 @@ def test_two_steps_on_two_ranks(runs: tuple[Path, str], name: str) -> None:
             assert record["local_alignment/selected_fraction"] > 0
 
 
+@pytest.mark.long
 def test_the_second_stage_starts_from_the_first_by_the_real_commands(prepared_dir: Path, tmp_path: Path) -> None:
     """`dermvlp train` (two ranks, launched by itself), `dermvlp export`, and the weights as stage 2's recipe says."""
     dermvlp = [sys.executable, "-m", "pretrain.cli"]

@@ -168,6 +168,7 @@ def test_frozen_teacher_is_not_needed_to_evaluate(
     assert math.isfinite(load_encoder(Path(run_config["run_dir"])).logit_scale)
 
 
+@pytest.mark.long
 def test_two_ranks_go_on_with_edges_of_their_own(run_config: dict[str, Any], tmp_path: Path) -> None:
     """The checkpoint holds the edges with the context length added; the config does not."""
     run_config |= {"objectives": [{"kind": "clip"}], "num_steps": 3, "launch": {"num_ranks": 2, "threads_per_rank": 1}}

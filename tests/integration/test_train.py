@@ -122,6 +122,7 @@ def test_engines_and_ranks_agree(run_config: dict[str, Any], tmp_path: Path) -> 
             assert ours == pytest.approx(reference, rel=1e-4), f"{name}, step {ours['step']}"
 
 
+@pytest.mark.long
 def test_bf16_under_deepspeed_trains_and_is_close(run_config: dict[str, Any], tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", run_config | {"num_steps": 4})
     for precision, stage in (("fp32", 1), ("bf16", 1), ("bf16", 3)):
