@@ -17,10 +17,10 @@ from torch import Tensor
 
 from benchmarks.side_by_side import by_turns
 from pretrain.config import ModelConfig
-from pretrain.evaluation.encoders import OpenClipEncoder, as_encoder
-from pretrain.evaluation.export_table import TableInfo, write_table
-from pretrain.evaluation.feature_chunks import chunk_paths, read_rows, shape_of, write_chunk
-from pretrain.evaluation.features import DecodedBatch, encode_chunks
+from pretrain.evaluation.encoding.encoders import OpenClipEncoder, as_encoder
+from pretrain.evaluation.encoding.export_table import TableInfo, write_table
+from pretrain.evaluation.encoding.feature_chunks import chunk_paths, read_rows, shape_of, write_chunk
+from pretrain.evaluation.encoding.features import DecodedBatch, encode_chunks
 from pretrain.evaluation.interfaces import JOINT
 from pretrain.models.build import build_open_clip, build_tokenizer
 

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.side_by_side import median_ratio
-from pretrain.evaluation.retrieval import retrieval_ranks
+from pretrain.evaluation.methods.retrieval import retrieval_ranks
 
 _NUM_PAIRS, _WIDTH = 20_000, 512
 _NOISE = 6.6  # cosine of a pair 0.15: with 20,000 candidates about a third is found at once

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.evaluation.statistics import Estimate, balanced_accuracy, bootstrap_interval
+from pretrain.evaluation.metrics.statistics import Estimate, balanced_accuracy, bootstrap_interval
 
 Cell = tuple[int, int]  # (fold, seed)
 Results = Mapping[str, Mapping[Cell, Mapping[str, Any]]]  # arm -> cell -> what the run wrote

@@ -44,10 +44,10 @@ from pretrain.config import (
     TrainConfig,
 )
 from pretrain.data.manifest import ShardedDataset, diagnoses
-from pretrain.evaluation import retrieval, zero_shot
-from pretrain.evaluation.encoders import load_encoder
-from pretrain.evaluation.features import shard_features
+from pretrain.evaluation.encoding.encoders import load_encoder
+from pretrain.evaluation.encoding.features import shard_features
 from pretrain.evaluation.interfaces import Encoder
+from pretrain.evaluation.methods import retrieval, zero_shot
 from pretrain.prompts import TEMPLATES_PATH, load_templates
 from pretrain.train.loop import train
 from pretrain.train.metrics import read_metrics

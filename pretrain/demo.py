@@ -21,11 +21,11 @@ from pretrain.config import TrainConfig
 from pretrain.data.manifest import ShardedDataset, diagnoses
 from pretrain.evaluation.config import EvaluationConfig, EvaluationSettings, RetrievalTask, ZeroShotTask
 from pretrain.evaluation.datasets import open_data
-from pretrain.evaluation.encoders import load_encoder, untrained_encoder
+from pretrain.evaluation.encoding.encoders import load_encoder, untrained_encoder
 from pretrain.evaluation.evaluate import evaluate, print_result
-from pretrain.evaluation.gallery import gallery
 from pretrain.evaluation.interfaces import Encoder
-from pretrain.evaluation.report import MetricRow, ReportData, write_report
+from pretrain.evaluation.reports.gallery import gallery
+from pretrain.evaluation.reports.run import MetricRow, ReportData, write_report
 from pretrain.evaluation.results import EvaluationResult
 from pretrain.publish.export import check_export, export
 from pretrain.train.curves import loss_curves

@@ -69,9 +69,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from data_prep.config import load_config, make_config
     from pretrain.evaluation.config import EvaluationConfig
     from pretrain.evaluation.datasets import open_data
-    from pretrain.evaluation.encoders import load_encoder
+    from pretrain.evaluation.encoding.encoders import load_encoder
     from pretrain.evaluation.evaluate import evaluate, print_result
-    from pretrain.evaluation.report_evaluation import REPORT_NAME
+    from pretrain.evaluation.reports.evaluation import REPORT_NAME
 
     overrides = arguments.set
     if arguments.config is None:
@@ -115,7 +115,7 @@ def _classnames(data: str, others: Sequence[Path]) -> list[str]:
 
 def _run_of(model: str) -> Path | None:
     """The folder of a run of ours, where the model is one of its checkpoints or the run itself."""
-    from pretrain.evaluation.encoders import is_best
+    from pretrain.evaluation.encoding.encoders import is_best
 
     path = Path(model).absolute()
     if (path / "checkpoints").is_dir():
@@ -133,7 +133,7 @@ def _out_dir(model: str, data: str) -> Path:
 def _own_training_dirs(model: str) -> list[Path]:
     """The split that a run was trained on, where it is still there with its hashes; says where it is not."""
     from pretrain.data.manifest import ShardedDataset
-    from pretrain.evaluation.encoders import find_checkpoint
+    from pretrain.evaluation.encoding.encoders import find_checkpoint
     from pretrain.train.checkpoint import checkpoint_config
     from pretrain.train.retention import read_meta
 
@@ -155,8 +155,8 @@ def _own_training_dirs(model: str) -> list[Path]:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from data_prep.files import write_atomically
-    from pretrain.evaluation.compare import compare
-    from pretrain.evaluation.report_comparison import write_comparison
+    from pretrain.evaluation.comparison.compare import compare
+    from pretrain.evaluation.reports.comparison import write_comparison
 
     comparison = compare(arguments.folders)
     numbers = arguments.out.with_suffix(".json")
@@ -168,8 +168,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _embed(arguments: argparse.Namespace) -> int:
     from pretrain.evaluation.datasets import open_data
-    from pretrain.evaluation.embed import embed, rejected_path, settings_of
-    from pretrain.evaluation.encoders import load_encoder
+    from pretrain.evaluation.encoding.embed import embed, rejected_path, settings_of
+    from pretrain.evaluation.encoding.encoders import load_encoder
 
     settings = settings_of(arguments.batch_size, arguments.num_workers)
     encoder, data = load_encoder(arguments.model), open_data(arguments.data, arguments.set_data)
@@ -182,13 +182,13 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 def _annotate(arguments: argparse.Namespace) -> int:
     from data_prep.labels.concepts import read_terms
-    from pretrain.evaluation.concepts import annotate_rows
     from pretrain.evaluation.datasets import open_data
     from pretrain.evaluation.datasets.data import write_rejected
-    from pretrain.evaluation.embed import rejected_path, settings_of
-    from pretrain.evaluation.encoders import load_encoder
-    from pretrain.evaluation.features import image_features
+    from pretrain.evaluation.encoding.embed import rejected_path, settings_of
+    from pretrain.evaluation.encoding.encoders import load_encoder
+    from pretrain.evaluation.encoding.features import image_features
     from pretrain.evaluation.interfaces import JOINT
+    from pretrain.evaluation.methods.concepts import annotate_rows
 
     if arguments.out.suffix != ".csv":
         raise InputError(f"--out {arguments.out}: expected a name that ends in .csv")

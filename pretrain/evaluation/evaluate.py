@@ -14,11 +14,11 @@ from data_prep.files import disk_errors, lock
 from pretrain.evaluation.config import EvaluationConfig, ProbeTask, TaskConfig
 from pretrain.evaluation.datasets import EvalSet
 from pretrain.evaluation.datasets.data import write_rejected
-from pretrain.evaluation.features import image_features
+from pretrain.evaluation.encoding.features import image_features
 from pretrain.evaluation.interfaces import JOINT, Encoder, TaskInput
 from pretrain.evaluation.leakage import overlap
-from pretrain.evaluation.report_evaluation import write_evaluation_report
-from pretrain.evaluation.report_extras import report_extras
+from pretrain.evaluation.reports.evaluation import write_evaluation_report
+from pretrain.evaluation.reports.extras import report_extras
 from pretrain.evaluation.results import (
     RESULT_NAME,
     TABLES,

@@ -30,9 +30,9 @@ from pretrain.data.texts import pack
 from pretrain.data.tokenize import TextTokenizer
 from pretrain.data.transforms import ImageTransform, decode
 from pretrain.distributed import comm
-from pretrain.evaluation import zero_shot
-from pretrain.evaluation.retrieval import retrieval_metrics
-from pretrain.evaluation.statistics import Floats, balanced_accuracy
+from pretrain.evaluation.methods import zero_shot
+from pretrain.evaluation.methods.retrieval import retrieval_metrics
+from pretrain.evaluation.metrics.statistics import Floats, balanced_accuracy
 from pretrain.models.build import build_tokenizer, eval_transform, image_px
 from pretrain.models.dual_encoder import Encoded
 from pretrain.objectives.base import Term

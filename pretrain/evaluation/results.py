@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from data_prep.errors import InputError
 from data_prep.files import write_atomically
 from data_prep.schema import Frozen
-from pretrain.evaluation.statistics import Estimate
+from pretrain.evaluation.metrics.statistics import Estimate
 
 RESULT_NAME = "evaluation.json"
 #: by task, with a row an image or query

@@ -18,7 +18,7 @@ from data_prep.files import write_atomically
 from pretrain.config import TrainConfig
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.transforms import decode
-from pretrain.evaluation.encoders import find_checkpoint
+from pretrain.evaluation.encoding.encoders import find_checkpoint
 from pretrain.evaluation.interfaces import Encoder
 from pretrain.models.build import build_open_clip, image_px
 from pretrain.models.open_clip_config import CONFIG_NAME, PACKAGE_PREFIX, TEXT_TOWER_KEY, resolve_packages

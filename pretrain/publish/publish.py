@@ -13,7 +13,7 @@ import open_clip
 from data_prep.errors import InputError
 from data_prep.files import write_atomically
 from pretrain.config import TrainConfig
-from pretrain.evaluation.encoders import find_checkpoint, load_encoder
+from pretrain.evaluation.encoding.encoders import find_checkpoint, load_encoder
 from pretrain.evaluation.results import RESULT_NAME, EvaluationResult, read_result
 from pretrain.models.build import image_px
 from pretrain.models.open_clip_config import CONFIG_NAME, holds_text_tower

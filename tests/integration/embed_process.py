@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from pretrain.evaluation.config import EvaluationSettings
-from pretrain.evaluation.embed import embed
-from pretrain.evaluation.encoders import load_encoder
-from pretrain.evaluation.feature_chunks import CHUNK_ROWS
+from pretrain.evaluation.encoding.embed import embed
+from pretrain.evaluation.encoding.encoders import load_encoder
+from pretrain.evaluation.encoding.feature_chunks import CHUNK_ROWS
 from tests.unit.evaluation.models import Pictures, encoded, picture
 
 NUM_IMAGES = 2 * CHUNK_ROWS + 30

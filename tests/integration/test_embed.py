@@ -23,10 +23,10 @@ from benchmarks import evaluate_embed
 from data_prep.errors import InputError
 from pretrain.data.manifest import ShardedDataset
 from pretrain.evaluation.config import EvaluationSettings
-from pretrain.evaluation.embed import embed, rejected_path, settings_of
-from pretrain.evaluation.encoders import OpenClipEncoder, load_encoder
-from pretrain.evaluation.feature_chunks import CHUNK_ROWS
-from pretrain.evaluation.features import embed_images, shard_features
+from pretrain.evaluation.encoding.embed import embed, rejected_path, settings_of
+from pretrain.evaluation.encoding.encoders import OpenClipEncoder, load_encoder
+from pretrain.evaluation.encoding.feature_chunks import CHUNK_ROWS
+from pretrain.evaluation.encoding.features import embed_images, shard_features
 from pretrain.publish.export import export
 from tests.integration.conftest import val_dir
 from tests.integration.embed_process import NUM_IMAGES, UNDECODABLE, pictures, settings

@@ -25,8 +25,8 @@ from data_prep.prepare import prepare
 from pretrain.cli import main
 from pretrain.evaluation.config import TASKS, EvaluationSettings, HierarchyTask
 from pretrain.evaluation.datasets import open_data
-from pretrain.evaluation.encoders import load_encoder
-from pretrain.evaluation.features import image_features
+from pretrain.evaluation.encoding.encoders import load_encoder
+from pretrain.evaluation.encoding.features import image_features
 from pretrain.evaluation.interfaces import TaskInput
 from pretrain.evaluation.leakage import overlap
 from pretrain.evaluation.results import Metric, TaskResult

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pretrain.cli import main
 from pretrain.data.manifest import ShardedDataset
-from pretrain.evaluation.encoders import load_encoder
+from pretrain.evaluation.encoding.encoders import load_encoder
 from pretrain.evaluation.results import read_result
 from pretrain.publish.export import check_export, export
 from tests.integration.conftest import val_dir, write_config
@@ -61,7 +61,7 @@ def test_vit_and_clip_text_round_trip(run_config: dict[str, Any], tmp_path: Path
 def load_encoder_at_start(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     from data_prep.config import load_config
     from pretrain.config import TrainConfig
-    from pretrain.evaluation.encoders import untrained_encoder
+    from pretrain.evaluation.encoding.encoders import untrained_encoder
 
     path = write_config(Path(config["run_dir"]).parent / "start.yaml", config)
     return untrained_encoder(load_config(path, [], TrainConfig)).model.state_dict()

@@ -26,7 +26,7 @@ from benchmarks.learning_run import ARMS, EXPLORATORY, Run, train_config
 from data_prep.captions.decompose import make_decomposer
 from data_prep.config import RulesDecomposer
 from data_prep.schema import Aspect
-from pretrain.evaluation.retrieval import retrieval_metrics, retrieval_ranks
+from pretrain.evaluation.methods.retrieval import retrieval_metrics, retrieval_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

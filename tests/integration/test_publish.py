@@ -23,7 +23,7 @@ from transformers import CLIPModel, CLIPProcessor
 from data_prep.errors import InputError
 from pretrain.config import ModelConfig
 from pretrain.data.manifest import ShardedDataset
-from pretrain.evaluation.encoders import load_encoder
+from pretrain.evaluation.encoding.encoders import load_encoder
 from pretrain.evaluation.results import read_result, write_result
 from pretrain.models.build import build_open_clip
 from pretrain.publish.clip_model import lacks_clip_shape, write_clip_model

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.evaluation.report import write_report
-from pretrain.evaluation.report_comparison import write_comparison
-from pretrain.evaluation.report_evaluation import write_evaluation_report
+from pretrain.evaluation.reports.comparison import write_comparison
+from pretrain.evaluation.reports.evaluation import write_evaluation_report
+from pretrain.evaluation.reports.run import write_report
 from pretrain.evaluation.results import write_result
 from tests.integration.browser import Browser, find_chromium
 from tests.unit.evaluation.pages import ATTACK, comparison, evaluation_result, extras

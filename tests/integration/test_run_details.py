@@ -16,7 +16,7 @@ from pretrain.cli import main
 from pretrain.config import TrainConfig
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.plan import epoch_order
-from pretrain.evaluation.encoders import load_encoder, untrained_encoder
+from pretrain.evaluation.encoding.encoders import load_encoder, untrained_encoder
 from pretrain.publish.export import check_export, export
 from pretrain.train.checkpoint import list_checkpoints
 from pretrain.train.metrics import read_metrics

@@ -17,8 +17,8 @@ from data_prep.errors import InputError
 from pretrain.cli import main
 from pretrain.config import TrainConfig
 from pretrain.data.manifest import ShardedDataset
-from pretrain.evaluation.encoders import load_encoder
-from pretrain.evaluation.features import shard_features
+from pretrain.evaluation.encoding.encoders import load_encoder
+from pretrain.evaluation.encoding.features import shard_features
 from pretrain.evaluation.in_training import make_validator
 from pretrain.evaluation.results import read_result
 from pretrain.train.curves import loss_curves

@@ -10,7 +10,9 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.evaluation.concepts import (
+from pretrain.evaluation.config import ConceptsTask, EvaluationSettings
+from pretrain.evaluation.interfaces import JOINT, EvalData, Row, TaskInput
+from pretrain.evaluation.methods.concepts import (
     PROMPTS,
     SCALE,
     TERMS_PATH,
@@ -20,11 +22,9 @@ from pretrain.evaluation.concepts import (
     find_synonyms,
     write_scores,
 )
-from pretrain.evaluation.config import ConceptsTask, EvaluationSettings
-from pretrain.evaluation.groups import by_group
-from pretrain.evaluation.interfaces import JOINT, EvalData, Row, TaskInput
+from pretrain.evaluation.metrics.groups import by_group
+from pretrain.evaluation.metrics.statistics import Ints, bootstrap_interval, group_codes
 from pretrain.evaluation.results import TABLES, ByGroup, Metric, TaskResult, digest_of
-from pretrain.evaluation.statistics import Ints, bootstrap_interval, group_codes
 
 _PRIMARY = "mean_auroc"
 _CHANCE = 0.5

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from pretrain.evaluation.config import EvaluationSettings, HierarchyTask
-from pretrain.evaluation.groups import by_group
-from pretrain.evaluation.hierarchy import (
+from pretrain.evaluation.interfaces import EvalData, TaskInput
+from pretrain.evaluation.methods.hierarchy import (
     Hierarchy,
     HierarchyScores,
     commonest_paths,
@@ -22,9 +22,9 @@ from pretrain.evaluation.hierarchy import (
     load_hierarchy,
     node_of_path,
 )
-from pretrain.evaluation.interfaces import EvalData, TaskInput
+from pretrain.evaluation.metrics.groups import by_group
+from pretrain.evaluation.metrics.statistics import bootstrap_interval
 from pretrain.evaluation.results import TABLES, Metric, TaskResult, digest_of, undefined
-from pretrain.evaluation.statistics import bootstrap_interval
 from pretrain.evaluation.tables import write_table
 from pretrain.evaluation.tasks import zero_shot
 from pretrain.evaluation.tasks.zero_shot import Classified, classify, is_scored

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.evaluation.calibration import calibration_error, reliability_curve
 from pretrain.evaluation.config import EvaluationSettings, MultipleChoiceTask
-from pretrain.evaluation.groups import by_group
 from pretrain.evaluation.interfaces import JOINT, EvalData, Question, Row, TaskInput
-from pretrain.evaluation.multiple_choice import (
+from pretrain.evaluation.methods.multiple_choice import (
     TIE_TOLERANCE,
     chance_level,
     check_questions,
@@ -22,8 +20,9 @@ from pretrain.evaluation.multiple_choice import (
     option_probabilities,
     write_answers,
 )
-from pretrain.evaluation.results import TABLES, Metric, TaskResult
-from pretrain.evaluation.statistics import (
+from pretrain.evaluation.metrics.calibration import calibration_error, reliability_curve
+from pretrain.evaluation.metrics.groups import by_group
+from pretrain.evaluation.metrics.statistics import (
     Bools,
     Estimate,
     Floats,
@@ -32,6 +31,7 @@ from pretrain.evaluation.statistics import (
     group_codes,
     proportion_interval,
 )
+from pretrain.evaluation.results import TABLES, Metric, TaskResult
 from pretrain.prompts import TEMPLATES_PATH, load_templates
 
 

@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
-from pretrain.evaluation.classification import chance_levels, confusion_matrix, per_class_recall
 from pretrain.evaluation.config import EvaluationSettings, ProbeTask
-from pretrain.evaluation.groups import by_group
 from pretrain.evaluation.interfaces import EvalData, Row, TaskInput
-from pretrain.evaluation.probe import few_shots, held_out_patients, probe, probe_cost, share_of_patients
-from pretrain.evaluation.results import TABLES, Confusion, Curve, Metric, TaskResult, undefined
-from pretrain.evaluation.statistics import (
+from pretrain.evaluation.methods.probe import few_shots, held_out_patients, probe, probe_cost, share_of_patients
+from pretrain.evaluation.metrics.classification import chance_levels, confusion_matrix, per_class_recall
+from pretrain.evaluation.metrics.groups import by_group
+from pretrain.evaluation.metrics.statistics import (
     Bools,
     Ints,
     accuracy,
@@ -27,6 +26,7 @@ from pretrain.evaluation.statistics import (
     prepare_auroc,
     weighted_f1,
 )
+from pretrain.evaluation.results import TABLES, Confusion, Curve, Metric, TaskResult, undefined
 from pretrain.evaluation.tables import write_table
 
 _OF_PREDICTED: dict[str, Callable[[Ints, Ints], float]] = {

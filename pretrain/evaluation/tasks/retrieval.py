@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from pretrain.evaluation.config import EvaluationSettings, RetrievalTask
-from pretrain.evaluation.groups import by_group
 from pretrain.evaluation.interfaces import JOINT, EvalData, Row, TaskInput
-from pretrain.evaluation.results import TABLES, Curve, Metric, TaskResult, undefined
-from pretrain.evaluation.retrieval import (
+from pretrain.evaluation.methods.retrieval import (
     ResamplingGroups,
     chance_levels,
     cumulative_match,
@@ -26,7 +24,9 @@ from pretrain.evaluation.retrieval import (
     resampling_groups,
     retrieval_ranks,
 )
-from pretrain.evaluation.retrieval_ranks import TIE_TOLERANCE
+from pretrain.evaluation.methods.retrieval_ranks import TIE_TOLERANCE
+from pretrain.evaluation.metrics.groups import by_group
+from pretrain.evaluation.results import TABLES, Curve, Metric, TaskResult, undefined
 from pretrain.evaluation.tables import write_table
 
 #: Of the mean recall that MAKE and DermLIP report; a metric of its own, since ours has more values of k.

@@ -12,8 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
-from pretrain.evaluation.calibration import reliability_curve
-from pretrain.evaluation.classification import (
+from pretrain.evaluation.config import EvaluationSettings, ZeroShotTask
+from pretrain.evaluation.interfaces import JOINT, EvalData, Row, TaskInput
+from pretrain.evaluation.methods.zero_shot import build_classifier, zero_shot_logits
+from pretrain.evaluation.metrics.calibration import reliability_curve
+from pretrain.evaluation.metrics.classification import (
     LOWER_IS_BETTER,
     chance_levels,
     classification_metrics,
@@ -22,13 +25,10 @@ from pretrain.evaluation.classification import (
     roc_curves,
     softmax,
 )
-from pretrain.evaluation.config import EvaluationSettings, ZeroShotTask
-from pretrain.evaluation.groups import by_group
-from pretrain.evaluation.interfaces import JOINT, EvalData, Row, TaskInput
+from pretrain.evaluation.metrics.groups import by_group
+from pretrain.evaluation.metrics.statistics import Bools, accuracy, balanced_accuracy, macro_auroc
 from pretrain.evaluation.results import TABLES, ByGroup, Confusion, Metric, TaskResult, undefined
-from pretrain.evaluation.statistics import Bools, accuracy, balanced_accuracy, macro_auroc
 from pretrain.evaluation.tables import write_table
-from pretrain.evaluation.zero_shot import build_classifier, zero_shot_logits
 from pretrain.prompts import TEMPLATES_PATH, load_templates
 
 

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from pretrain.evaluation.compare import ComparedModel, Comparison, Difference, Entry, PValues, Ranks
-from pretrain.evaluation.report_extras import (
+from pretrain.evaluation.comparison.compare import ComparedModel, Comparison, Difference, Entry, PValues, Ranks
+from pretrain.evaluation.reports.extras import (
     CaptionsOfImage,
     ImagesOfCaption,
     Neighbours,

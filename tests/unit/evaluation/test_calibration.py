@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
 
-from pretrain.evaluation.calibration import adaptive_calibration_error, calibration_error, reliability_curve
-from pretrain.evaluation.statistics import bootstrap_interval
+from pretrain.evaluation.metrics.calibration import adaptive_calibration_error, calibration_error, reliability_curve
+from pretrain.evaluation.metrics.statistics import bootstrap_interval
 
 
 def predictions(seed: int, num_rows: int = 600) -> tuple[np.ndarray, np.ndarray]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import auc, roc_auc_score
 
-from pretrain.evaluation.classification import classification_metrics, roc_curves, softmax
-from pretrain.evaluation.statistics import macro_auroc, prepare_auroc
+from pretrain.evaluation.metrics.classification import classification_metrics, roc_curves, softmax
+from pretrain.evaluation.metrics.statistics import macro_auroc, prepare_auroc
 
 
 def scored(num_rows: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from data_prep.errors import InputError
-from pretrain.evaluation.compare import Comparison, Entry, compare
+from pretrain.evaluation.comparison.compare import Comparison, Entry, compare
 from pretrain.evaluation.config import ConceptsTask, ZeroShotTask
 from pretrain.evaluation.interfaces import Row
 from pretrain.evaluation.results import (

@@ -15,7 +15,8 @@ from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
 from data_prep.errors import InputError
-from pretrain.evaluation.concepts import (
+from pretrain.evaluation.interfaces import Row
+from pretrain.evaluation.methods.concepts import (
     PROMPTS,
     TERMS_PATH,
     annotate,
@@ -25,7 +26,6 @@ from pretrain.evaluation.concepts import (
     encode_prompts,
     find_synonyms,
 )
-from pretrain.evaluation.interfaces import Row
 from tests.unit.evaluation.stand_in import WIDTH, StandInEncoder, text_feature, unit
 
 SYNONYMS = {"ulcer": ["ulcer", "ulcerated"], "bulla": ["bulla", "bullae", "blister"], "scale": ["scaly"]}

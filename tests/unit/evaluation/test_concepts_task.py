@@ -11,9 +11,9 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
-from pretrain.evaluation.concepts import PROMPTS
 from pretrain.evaluation.config import ConceptsTask
 from pretrain.evaluation.interfaces import Row
+from pretrain.evaluation.methods.concepts import PROMPTS
 from pretrain.evaluation.tasks import concepts
 from tests.unit.evaluation.stand_in import StandInData, task_input, text_feature, unit
 

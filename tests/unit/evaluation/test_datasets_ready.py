@@ -17,7 +17,7 @@ import pytest
 from data_prep.config import load_config
 from pretrain.evaluation.datasets import open_data
 from pretrain.evaluation.datasets.description import EvalDataConfig
-from pretrain.evaluation.zero_shot import build_classifier
+from pretrain.evaluation.methods.zero_shot import build_classifier
 from pretrain.prompts import load_templates
 from tests.unit.evaluation.dataset_files import write_image, write_table
 

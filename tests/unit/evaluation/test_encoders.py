@@ -19,9 +19,9 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from pretrain.config import TrainConfig
-from pretrain.evaluation.encoders import load_encoder, untrained_encoder
+from pretrain.evaluation.encoding.encoders import load_encoder, untrained_encoder
+from pretrain.evaluation.encoding.tower_layers import layer_taps, read_layers
 from pretrain.evaluation.interfaces import JOINT, TOWER, Encoder
-from pretrain.evaluation.tower_layers import layer_taps, read_layers
 from pretrain.models.image_towers import expose_tokens
 from tests.unit.evaluation.models import MODELS, NEEDS_TOKENIZER, picture, save_model
 

@@ -18,9 +18,9 @@ from pretrain.data.manifest import ShardedDataset
 from pretrain.data.transforms import decode
 from pretrain.evaluation import embed_images, load_encoder
 from pretrain.evaluation.config import EvaluationSettings
-from pretrain.evaluation.encoders import OpenClipEncoder
-from pretrain.evaluation.feature_chunks import CHUNK_ROWS
-from pretrain.evaluation.features import batches_of, image_features, shard_features
+from pretrain.evaluation.encoding.encoders import OpenClipEncoder
+from pretrain.evaluation.encoding.feature_chunks import CHUNK_ROWS
+from pretrain.evaluation.encoding.features import batches_of, image_features, shard_features
 from tests.unit.evaluation.models import MODELS, Pictures, encoded, picture, save_model
 
 SETTINGS = EvaluationSettings(batch_size=48, num_workers=0)  # 48 does not divide a chunk

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pretrain.evaluation.config import EvaluationSettings
-from pretrain.evaluation.groups import by_group
 from pretrain.evaluation.interfaces import Row
+from pretrain.evaluation.metrics.groups import by_group
+from pretrain.evaluation.metrics.statistics import balanced_accuracy, bootstrap_interval, macro_auroc
 from pretrain.evaluation.results import ByGroup
-from pretrain.evaluation.statistics import balanced_accuracy, bootstrap_interval, macro_auroc
 
 SETTINGS = EvaluationSettings(num_resamples=300, min_group_size=4)
 

@@ -16,7 +16,7 @@ import pytest
 from data_prep.errors import InputError
 from data_prep.labels.ontology import Ontology
 from pretrain.evaluation.config import HierarchyTask, ZeroShotTask
-from pretrain.evaluation.hierarchy import (
+from pretrain.evaluation.methods.hierarchy import (
     Hierarchy,
     commonest_paths,
     hierarchy_of_paths,

@@ -12,7 +12,7 @@ import pytest
 from data_prep.errors import InputError
 from pretrain.evaluation.config import MultipleChoiceTask
 from pretrain.evaluation.interfaces import Question, Row
-from pretrain.evaluation.multiple_choice import (
+from pretrain.evaluation.methods.multiple_choice import (
     chance_level,
     check_questions,
     choose,

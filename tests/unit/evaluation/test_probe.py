@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from pretrain.evaluation.probe import few_shots, held_out_patients, probe, probe_cost, share_of_patients
+from pretrain.evaluation.methods.probe import few_shots, held_out_patients, probe, probe_cost, share_of_patients
 
 
 def blobs(num_rows: int, width: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

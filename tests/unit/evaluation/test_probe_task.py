@@ -15,8 +15,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, r
 from data_prep.errors import InputError
 from pretrain.evaluation.config import ProbeTask
 from pretrain.evaluation.interfaces import Row
-from pretrain.evaluation.probe import held_out_patients, share_of_patients
-from pretrain.evaluation.statistics import accuracy, bootstrap_interval
+from pretrain.evaluation.methods.probe import held_out_patients, share_of_patients
+from pretrain.evaluation.metrics.statistics import accuracy, bootstrap_interval
 from pretrain.evaluation.tasks.probe import lacks, run
 from tests.unit.evaluation.task_inputs import Data, task_input
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.evaluation.report import (
+from pretrain.evaluation.metrics.statistics import Estimate
+from pretrain.evaluation.reports.run import (
     GalleryCaption,
     GalleryItem,
     MetricRow,
@@ -22,7 +23,6 @@ from pretrain.evaluation.report import (
     report_numbers,
     write_report,
 )
-from pretrain.evaluation.statistics import Estimate
 from pretrain.train.curves import plot_losses
 from tests.unit.evaluation.pages import ATTACK, SHOWN_ATTACK, Page
 

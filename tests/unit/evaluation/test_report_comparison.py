@@ -6,8 +6,8 @@ import base64
 import re
 from pathlib import Path
 
-from pretrain.evaluation.compare import Comparison
-from pretrain.evaluation.report_comparison import write_comparison
+from pretrain.evaluation.comparison.compare import Comparison
+from pretrain.evaluation.reports.comparison import write_comparison
 from pretrain.evaluation.results import Metric
 from tests.unit.evaluation.pages import ATTACK, Page, comparison
 

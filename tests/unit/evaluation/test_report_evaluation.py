@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import InputError
-from pretrain.evaluation.report_evaluation import MAX_CHARTS, MAX_CURVES, write_evaluation_report
-from pretrain.evaluation.report_extras import ReportExtras
-from pretrain.evaluation.report_page import MAX_TABLE_ROWS, MAX_TEXT_LENGTH
+from pretrain.evaluation.reports.evaluation import MAX_CHARTS, MAX_CURVES, write_evaluation_report
+from pretrain.evaluation.reports.extras import ReportExtras
+from pretrain.evaluation.reports.page import MAX_TABLE_ROWS, MAX_TEXT_LENGTH
 from pretrain.evaluation.results import Curve, EvaluationResult, write_result
 from tests.unit.evaluation.pages import ATTACK, SHOWN_ATTACK, Page, evaluation_result, extras, metric
 

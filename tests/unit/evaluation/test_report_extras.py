@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.images.convert import ImageRejected
-from pretrain.evaluation import report_extras as extras_module
 from pretrain.evaluation.config import EvaluationSettings
 from pretrain.evaluation.interfaces import Encoder, Row, TaskInput
-from pretrain.evaluation.report_extras import (
+from pretrain.evaluation.reports import extras as extras_module
+from pretrain.evaluation.reports.extras import (
     MAX_THUMBNAIL_BYTES,
     THUMBNAIL_PX,
     ReportExtras,

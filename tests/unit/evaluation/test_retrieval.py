@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from data_prep.errors import InputError
-from pretrain.evaluation.retrieval import (
+from pretrain.evaluation.methods.retrieval import (
     chance_levels,
     cumulative_match,
     resampling_groups,
     retrieval_metrics,
     retrieval_ranks,
 )
-from pretrain.evaluation.statistics import group_codes
+from pretrain.evaluation.metrics.statistics import group_codes
 
 
 def unit(features: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from data_prep.errors import InputError
-from pretrain.evaluation import retrieval_ranks as search
-from pretrain.evaluation.retrieval_ranks import retrieval_ranks
+from pretrain.evaluation.methods import retrieval_ranks as search
+from pretrain.evaluation.methods.retrieval_ranks import retrieval_ranks
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -122,7 +122,7 @@ def test_memory_is_that_of_a_tile() -> None:
     code = (
         "import re, numpy as np\n"
         "from pathlib import Path\n"
-        "from pretrain.evaluation.retrieval_ranks import retrieval_ranks\n"
+        "from pretrain.evaluation.methods.retrieval_ranks import retrieval_ranks\n"
         "def kb(field): return int(re.search(field + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "f = np.random.default_rng(0).standard_normal((4000, 32), dtype=np.float32)\n"
         "f /= np.linalg.norm(f, axis=1, keepdims=True)\n"

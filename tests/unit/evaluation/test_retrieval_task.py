@@ -12,7 +12,7 @@ import pytest
 from data_prep.errors import InputError
 from pretrain.evaluation.config import RetrievalTask
 from pretrain.evaluation.interfaces import Row
-from pretrain.evaluation.retrieval import retrieval_metrics, retrieval_ranks
+from pretrain.evaluation.methods.retrieval import retrieval_metrics, retrieval_ranks
 from pretrain.evaluation.tasks.retrieval import lacks, run
 from tests.unit.evaluation.task_inputs import Data, task_input
 

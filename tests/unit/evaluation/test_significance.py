@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import chi2, permutation_test, wilcoxon
 
-from pretrain.evaluation.significance import holm, paired_difference, rank_models
-from pretrain.evaluation.statistics import balanced_accuracy
+from pretrain.evaluation.metrics.significance import holm, paired_difference, rank_models
+from pretrain.evaluation.metrics.statistics import balanced_accuracy
 
 
 def share(values: np.ndarray) -> float:

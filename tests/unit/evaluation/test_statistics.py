@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
-from pretrain.evaluation.results import Metric
-from pretrain.evaluation.statistics import (
+from pretrain.evaluation.metrics.statistics import (
     GroupSampler,
     accuracy,
     balanced_accuracy,
@@ -19,6 +18,7 @@ from pretrain.evaluation.statistics import (
     proportion_interval,
     weighted_f1,
 )
+from pretrain.evaluation.results import Metric
 
 
 def scored_classes(

@@ -11,14 +11,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from data_prep.errors import InputError
-from pretrain.evaluation.classification import (
+from pretrain.evaluation.methods.zero_shot import build_classifier, probabilities, zero_shot_logits
+from pretrain.evaluation.metrics.classification import (
     chance_levels,
     classification_metrics,
     confusion_matrix,
     per_class_recall,
     top_predictions,
 )
-from pretrain.evaluation.zero_shot import build_classifier, probabilities, zero_shot_logits
 from pretrain.prompts import load_templates
 
 TEMPLATES_PATH = Path(__file__).parents[3] / "configs" / "eval" / "templates.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import InputError
-from pretrain.evaluation.encoders import load_encoder
+from pretrain.evaluation.encoding.encoders import load_encoder
 from pretrain.publish.load import load_folder
 
 _TEXT = {"context_length": 16, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
 
-from pretrain.evaluation.compare import Ranks
-from pretrain.evaluation.report_page import harmless, squeezed
+from pretrain.evaluation.comparison.compare import Ranks
+from pretrain.evaluation.reports.page import harmless, squeezed
 from pretrain.evaluation.results import Confusion, Curve
 from pretrain.train.curves import Palette, style_axes
 

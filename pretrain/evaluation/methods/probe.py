@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from pretrain.evaluation.statistics import Floats, Groups, Ints, group_codes
+from pretrain.evaluation.metrics.statistics import Floats, Groups, Ints, group_codes
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from pretrain.evaluation.config import EvaluationSettings
 from pretrain.evaluation.interfaces import Row
+from pretrain.evaluation.metrics.statistics import GroupSampler, group_codes
 from pretrain.evaluation.results import ByGroup, Metric
-from pretrain.evaluation.statistics import GroupSampler, group_codes
 
 #: In the order of the report. Attributes of other names follow, sorted.
 ATTRIBUTES = ("fitzpatrick", "sex", "age_band", "body_site", "source")

@@ -9,11 +9,11 @@ from data_prep.errors import InputError
 from data_prep.files import disk_errors, lock, remove_stale_partials
 from pretrain.evaluation.config import EvaluationSettings
 from pretrain.evaluation.datasets.data import undecodable, write_rejected
-from pretrain.evaluation.export_table import SUFFIXES, TableInfo, read_info, write_table
-from pretrain.evaluation.feature_chunks import read_rows, shape_of
-from pretrain.evaluation.features import encode_missing_chunks
+from pretrain.evaluation.encoding.export_table import SUFFIXES, TableInfo, read_info, write_table
+from pretrain.evaluation.encoding.feature_chunks import read_rows, shape_of
+from pretrain.evaluation.encoding.features import encode_missing_chunks
+from pretrain.evaluation.encoding.tower_layers import check_layers
 from pretrain.evaluation.interfaces import JOINT, Encoder, EvalData
-from pretrain.evaluation.tower_layers import check_layers
 
 
 def embed(

@@ -32,9 +32,9 @@ from data_prep.errors import InputError
 from pretrain.config import ModelConfig, TrainConfig
 from pretrain.data.texts import pack
 from pretrain.data.tokenize import TextTokenizer
+from pretrain.evaluation.encoding.tower_layers import Tap, check_layers, layer_taps, read_layers
 from pretrain.evaluation.interfaces import JOINT
 from pretrain.evaluation.results import ModelInfo
-from pretrain.evaluation.tower_layers import Tap, check_layers, layer_taps, read_layers
 from pretrain.models.build import build_open_clip, build_tokenizer, eval_transform, image_px
 from pretrain.models.dual_encoder import DualEncoder
 from pretrain.models.open_clip_config import FOLDER_PREFIX, HUB_PREFIX

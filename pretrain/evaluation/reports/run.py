@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.evaluation.report_charts import confusion_view, themed
-from pretrain.evaluation.report_page import Interval, Table, TableRow, write_page
+from pretrain.evaluation.reports.charts import confusion_view, themed
+from pretrain.evaluation.reports.page import Interval, Table, TableRow, write_page
 from pretrain.evaluation.results import Confusion
 from pretrain.train.curves import LossSeries, loss_figure, thin
 

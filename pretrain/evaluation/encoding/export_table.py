@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from data_prep.errors import InputError
 from data_prep.files import atomic, write_atomically
 from data_prep.schema import Frozen
-from pretrain.evaluation.feature_chunks import read_features, read_rows, write_npy
+from pretrain.evaluation.encoding.feature_chunks import read_features, read_rows, write_npy
 
 SUFFIXES = (".parquet", ".npy")
 _METADATA_KEY = b"dermvlp"

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.evaluation.metrics.statistics import Bools, Floats, Groups, proportion_interval
 from pretrain.evaluation.results import Curve
-from pretrain.evaluation.statistics import Bools, Floats, Groups, proportion_interval
 
 NUM_BINS = 15
 Bins = Literal["equal_width", "equal_count"]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
-from pretrain.evaluation.statistics import Floats, Ints, check_features, check_indices
+from pretrain.evaluation.metrics.statistics import Floats, Ints, check_features, check_indices
 
 #: Cosines closer than this are a tie. The product of one pair differs in its last bits with the tile it is computed
 #: in; without a tolerance the ranks of repeated images would depend on the chunk size.

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from pretrain.evaluation.interfaces import Question, Row
-from pretrain.evaluation.statistics import Floats, Ints, check_features
+from pretrain.evaluation.methods.zero_shot import build_classifier
+from pretrain.evaluation.metrics.statistics import Floats, Ints, check_features
 from pretrain.evaluation.tables import write_table
-from pretrain.evaluation.zero_shot import build_classifier
 
 #: Cosines closer than this are a tie: features are float32, and texts that become equal tokens (two long ones, cut at
 #: the same context length) differ in their last bits with the batch they are encoded in.

@@ -34,9 +34,16 @@ from pretrain.data.manifest import ShardedDataset
 from pretrain.data.reader import from_workers
 from pretrain.data.transforms import decode
 from pretrain.evaluation.config import EvaluationSettings
-from pretrain.evaluation.feature_chunks import CHUNK_ROWS, Chunk, chunk_paths, read_rows, write_chunk, write_npy
+from pretrain.evaluation.encoding.feature_chunks import (
+    CHUNK_ROWS,
+    Chunk,
+    chunk_paths,
+    read_rows,
+    write_chunk,
+    write_npy,
+)
+from pretrain.evaluation.encoding.tower_layers import check_layers
 from pretrain.evaluation.interfaces import JOINT, Encoder, EvalData
-from pretrain.evaluation.tower_layers import check_layers
 
 _PREFETCH_BATCHES = 2  # by each worker
 _BATCH_SIZE = 64  # where no settings say

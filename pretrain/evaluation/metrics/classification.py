@@ -13,9 +13,8 @@ import scipy.special
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
-from pretrain.evaluation.calibration import adaptive_calibration_error, calibration_error
-from pretrain.evaluation.results import Curve
-from pretrain.evaluation.statistics import (
+from pretrain.evaluation.metrics.calibration import adaptive_calibration_error, calibration_error
+from pretrain.evaluation.metrics.statistics import (
     Bools,
     Estimate,
     Floats,
@@ -29,6 +28,7 @@ from pretrain.evaluation.statistics import (
     proportion_interval,
     weighted_f1,
 )
+from pretrain.evaluation.results import Curve
 
 #: Metrics of which less is better.
 LOWER_IS_BETTER = frozenset({"calibration_error", "adaptive_calibration_error"})

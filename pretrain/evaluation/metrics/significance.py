@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
-from pretrain.evaluation.statistics import Estimate, Groups, Ints, bootstrap_draws, group_codes
+from pretrain.evaluation.metrics.statistics import Estimate, Groups, Ints, bootstrap_draws, group_codes
 
 # a sum of the same numbers in another order differs in its last bits
 _ROUNDING = 1e-12

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pretrain.evaluation.retrieval_ranks import check_pairs, retrieval_ranks
-from pretrain.evaluation.statistics import Estimate, Floats, Groups, Ints, bootstrap_interval, group_codes
+from pretrain.evaluation.methods.retrieval_ranks import check_pairs, retrieval_ranks
+from pretrain.evaluation.metrics.statistics import Estimate, Floats, Groups, Ints, bootstrap_interval, group_codes
 
 __all__ = [
     "chance_levels",

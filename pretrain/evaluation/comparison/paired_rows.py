@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from data_prep.errors import InputError
+from pretrain.evaluation.metrics.statistics import Floats, Ints, accuracy, balanced_accuracy, weighted_f1
 from pretrain.evaluation.results import TABLES, TaskResult
-from pretrain.evaluation.statistics import Floats, Ints, accuracy, balanced_accuracy, weighted_f1
 from pretrain.evaluation.tables import read_table
 
 _OF_DECISIONS = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "weighted_f1": weighted_f1}

@@ -1,7 +1,7 @@
 """The page of one evaluation: one model on one data set, from its evaluation.json.
 
 The page's size has a bound: tables hold MAX_TABLE_ROWS rows, curves MAX_POINTS points, a task MAX_CHARTS charts of a
-kind, texts MAX_TEXT_LENGTH characters, and pictures their own limits (`report_extras.py`). What is left out is said on
+kind, texts MAX_TEXT_LENGTH characters, and pictures their own limits (`extras.py`). What is left out is said on
 the page, and is in evaluation.json.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
-from pretrain.evaluation.report_charts import confusion_view, curves_figure, is_shots, themed
-from pretrain.evaluation.report_extras import ReportExtras
-from pretrain.evaluation.report_page import Table, TableRow, shortened, write_page
+from pretrain.evaluation.reports.charts import confusion_view, curves_figure, is_shots, themed
+from pretrain.evaluation.reports.extras import ReportExtras
+from pretrain.evaluation.reports.page import Table, TableRow, shortened, write_page
 from pretrain.evaluation.results import (
     RESULT_NAME,
     ByGroup,

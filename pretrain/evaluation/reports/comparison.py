@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.evaluation.compare import Comparison, Difference, Entry, Ranks
-from pretrain.evaluation.report_charts import critical_difference_figure, curves_figure, themed
-from pretrain.evaluation.report_evaluation import TASK_TITLES
-from pretrain.evaluation.report_page import Table, TableRow, listed, squeezed, write_page
+from pretrain.evaluation.comparison.compare import Comparison, Difference, Entry, Ranks
+from pretrain.evaluation.reports.charts import critical_difference_figure, curves_figure, themed
+from pretrain.evaluation.reports.evaluation import TASK_TITLES
+from pretrain.evaluation.reports.page import Table, TableRow, listed, squeezed, write_page
 from pretrain.evaluation.results import Curve, Metric, TaskResult
 
 MAX_CHARTS = 24

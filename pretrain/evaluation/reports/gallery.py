@@ -10,11 +10,11 @@ from data_prep.schema import SUBCAPTION_ASPECTS, Aspect
 from pretrain.config import DiagnosisWeights, MultiAspectObjective, TrainConfig
 from pretrain.data.manifest import ShardedDataset
 from pretrain.data.transforms import decode
-from pretrain.evaluation import zero_shot
-from pretrain.evaluation.classification import top_predictions
-from pretrain.evaluation.features import embed_images
+from pretrain.evaluation.encoding.features import embed_images
 from pretrain.evaluation.interfaces import Encoder
-from pretrain.evaluation.report import GalleryCaption, GalleryItem
+from pretrain.evaluation.methods import zero_shot
+from pretrain.evaluation.metrics.classification import top_predictions
+from pretrain.evaluation.reports.run import GalleryCaption, GalleryItem
 from pretrain.losses.weights import diagnosis_guided
 from pretrain.prompts import TEMPLATES_PATH, load_templates
 

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
-from pretrain.evaluation.classification import (
+from pretrain.evaluation.metrics.classification import (
     softmax,
 )
-from pretrain.evaluation.statistics import Floats, check_features
+from pretrain.evaluation.metrics.statistics import Floats, check_features
 from pretrain.prompts import check_templates
 
 

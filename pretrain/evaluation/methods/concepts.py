@@ -20,12 +20,12 @@ from scipy.special import expit
 
 from data_prep.errors import InputError
 from data_prep.labels.concepts import Concepts, read_terms
-from pretrain.evaluation.features import embed_images
+from pretrain.evaluation.encoding.features import embed_images
 from pretrain.evaluation.interfaces import Encoder, Row
-from pretrain.evaluation.statistics import Floats, Ints, check_features
+from pretrain.evaluation.metrics.statistics import Floats, Ints, check_features
 from pretrain.evaluation.tables import write_table
 
-TERMS_PATH = Path(__file__).parents[2] / "configs" / "eval" / "concepts.json"
+TERMS_PATH = Path(__file__).parents[3] / "configs" / "eval" / "concepts.json"
 
 #: With the concept, and without it. The six of MAKE, of which the first three are MONET's, to the letter: other words
 #: give other numbers.

@@ -15,8 +15,9 @@ import numpy as np
 
 from data_prep.errors import InputError
 from data_prep.schema import Frozen
+from pretrain.evaluation.comparison.paired_rows import PairedRows, read_rows
 from pretrain.evaluation.config import TASKS
-from pretrain.evaluation.paired_rows import PairedRows, read_rows
+from pretrain.evaluation.metrics.significance import holm, paired_difference, rank_models
 from pretrain.evaluation.results import (
     DatasetInfo,
     EvaluationResult,
@@ -26,7 +27,6 @@ from pretrain.evaluation.results import (
     TaskResult,
     read_result,
 )
-from pretrain.evaluation.significance import holm, paired_difference, rank_models
 
 #: settings of tasks that make another question of it
 _OF_THE_QUESTION = (
