@@ -9,9 +9,10 @@ from pathlib import Path
 from data_prep.errors import InputError
 
 TEMPLATES_PATH = Path(__file__).parents[1] / "configs" / "eval" / "templates.json"
+DEFAULT_TEMPLATES = "dermatology"
 
 
-def load_templates(path: Path, name: str = "dermatology") -> list[str]:
+def load_templates(path: Path, name: str = DEFAULT_TEMPLATES) -> list[str]:
     """The list called `name` in a JSON file of template lists (`configs/eval/templates.json`).
 
     Raises InputError when the file or the list is missing or a template has not exactly one `{}`.

@@ -23,7 +23,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate = add("evaluate", _evaluate, "a model on a data set: zero-shot, retrieval, probe, concepts, questions")
     evaluate.add_argument("model", help=_MODEL)
     evaluate.add_argument("--data", required=True, help=_DATA)
-    evaluate.add_argument("--out", type=Path, help="folder; by default evaluations/DATA in the run's, or here")
+    evaluate.add_argument(
+        "--out", type=Path, help="folder; by default RUN/evaluations/CHECKPOINT/DATA, or below evaluations/ here"
+    )
     evaluate.add_argument("--config", type=Path, help="YAML of tasks and settings; by default all tasks")
     evaluate.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="in that config")
     _add_set_data(evaluate)
@@ -124,9 +126,11 @@ def _run_of(model: str) -> Path | None:
 
 
 def _out_dir(model: str, data: str) -> Path:
+    from pretrain.evaluation.encoding.encoders import find_checkpoint
+
     run_dir = _run_of(model)
     if run_dir is not None:
-        return run_dir / "evaluations" / data
+        return run_dir / "evaluations" / find_checkpoint(Path(model)).name / data
     return Path("evaluations") / re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") / data
 
 

@@ -20,7 +20,7 @@ class ZeroShotTask(Frozen):
     """Class names in templates against images, as the peers do: features averaged, then normalised."""
 
     kind: Literal["zero_shot"] = "zero_shot"
-    templates: str = "dermatology"  # a list in configs/eval/templates.json
+    templates: str | None = None  # a list in configs/eval/templates.json; None: the data set's, or `dermatology`
 
 
 class RetrievalTask(Frozen):
@@ -65,7 +65,7 @@ class HierarchyTask(Frozen):
 
     kind: Literal["hierarchy"] = "hierarchy"
     ontology: Path | None = None  # None: the paths that the rows carry
-    templates: str = "dermatology"
+    templates: str | None = None  # as in zero-shot
 
 
 TaskConfig = Annotated[

@@ -30,8 +30,9 @@ from pretrain.data.texts import pack
 from pretrain.data.tokenize import TextTokenizer
 from pretrain.data.transforms import ImageTransform, decode
 from pretrain.distributed import comm
+from pretrain.evaluation.config import RetrievalTask
 from pretrain.evaluation.methods import zero_shot
-from pretrain.evaluation.methods.retrieval import retrieval_metrics
+from pretrain.evaluation.methods.retrieval import retrieval_metrics, usable_ks
 from pretrain.evaluation.metrics.statistics import Floats, balanced_accuracy
 from pretrain.models.build import build_tokenizer, eval_transform, image_px
 from pretrain.models.dual_encoder import Encoded
@@ -135,7 +136,12 @@ class _Validation:
 
     def _retrieval(self, image_ND: Floats, device: torch.device) -> dict[str, float]:
         text_UD = self._encode_texts(self._captions, device)
-        metrics = retrieval_metrics(image_ND, text_UD, self._owner_text_N, num_resamples=1)  # intervals cost seconds
+        ks = usable_ks(RetrievalTask().ks, len(image_ND), len(text_UD))
+        if not ks:
+            return {}
+        metrics = retrieval_metrics(
+            image_ND, text_UD, self._owner_text_N, ks=ks, num_resamples=1
+        )  # intervals cost time
         return {"val/retrieval/mean_recall": metrics["mean_recall"].value}
 
     def _zero_shot(self, image_ND: Floats, device: torch.device) -> dict[str, float]:

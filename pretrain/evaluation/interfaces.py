@@ -98,6 +98,11 @@ class EvalData(Protocol):
         ...
 
     @property
+    def templates(self) -> str | None:
+        """The list in configs/eval/templates.json for its class names, where its description names one."""
+        ...
+
+    @property
     def digest(self) -> str: ...
 
     @property

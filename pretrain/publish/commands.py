@@ -26,7 +26,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         action="append",
         default=[],
         metavar="PATH",
-        help="evaluation.json or its folder; may be repeated; by default those under RUN/evaluations",
+        help="evaluation.json or its folder; may be repeated; by default those of these weights under RUN/evaluations",
     )
     publish.add_argument("--data", type=Path, metavar="SPLIT", help="the training split, where it was moved")
     publish.add_argument(

@@ -75,7 +75,8 @@ def publish(
     Args:
         repo: ORG/NAME on the Hub.
         out_dir: the folder; by default RUN/published. Written anew.
-        evaluations: evaluation.json files or their folders; by default those under RUN/evaluations.
+        evaluations: evaluation.json files or their folders; by default those of these
+            weights under RUN/evaluations.
         data_dir: the training split, where it is not where the run read it.
         datasets: ids on the Hub of the training data, for the card.
         licence, allow_no_derivatives: see `licences.weights_licence`.
@@ -90,7 +91,7 @@ def publish(
     run_dir = checkpoint.parent.parent
     run = read_run(checkpoint, data_dir)
     chosen = weights_licence(run.manifest.samples_by_licence, licence, allow_no_derivatives)
-    results = _results(checkpoint, evaluations or sorted((run_dir / "evaluations").glob(f"*/{RESULT_NAME}")), repo)
+    results = _results(checkpoint, evaluations or _evaluations_of(checkpoint), repo)
     folder = _fresh_folder(out_dir or run_dir / "published")
     export(checkpoint, folder, hub_name=repo)
     card = CardFacts(
@@ -155,6 +156,13 @@ def _fresh_folder(folder: Path) -> Path:
         (folder / EVALUATIONS_DIR).rmdir()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _evaluations_of(checkpoint: Path) -> list[Path]:
+    """Those below RUN/evaluations of these weights; all where none is, to be refused by name."""
+    found = sorted((checkpoint.parents[1] / EVALUATIONS_DIR).rglob(RESULT_NAME))
+    digest = load_encoder(checkpoint).info.digest if found else ""
+    return [path for path in found if read_result(path).model.digest == digest] or found
 
 
 def _results(checkpoint: Path, paths: Sequence[Path], repo: str) -> dict[str, EvaluationResult]:

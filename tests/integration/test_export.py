@@ -16,6 +16,7 @@ from pretrain.data.manifest import ShardedDataset
 from pretrain.evaluation.encoding.encoders import load_encoder
 from pretrain.evaluation.results import read_result
 from pretrain.publish.export import check_export, export
+from pretrain.train.retention import list_checkpoints
 from tests.integration.conftest import val_dir, write_config
 
 HF_TOWERS = {
@@ -108,7 +109,10 @@ def test_evaluate_command_prints_intervals_and_writes_json(
     command = ["evaluate", str(run_dir), "--data", val_dir(run_config), "--tasks", "zero_shot,retrieval"]
     assert main([*command, "--set", "settings.num_workers=0"]) == 0
     printed = capsys.readouterr().out
-    out_dir = run_dir / "evaluations" / "val"
+    newest = list_checkpoints(run_dir)[-1]
+    out_dir = (
+        run_dir / "evaluations" / newest.name / f"{ShardedDataset(Path(val_dir(run_config))).manifest.dataset}-val"
+    )
     classified, retrieved = read_result(out_dir).tasks
     for task, name in ((classified, "balanced_accuracy"), (classified, "auroc"), (retrieved, "mean_recall")):
         metric = task.metrics[name]

@@ -176,7 +176,7 @@ def test_mean_recall_is_that_of_the_evaluation() -> None:
         "image_hit": np.mean([image_rank < k for k in (1, 5, 10)], axis=0).tolist(),
         "text_hit": np.mean([text_rank < k for k in (1, 5, 10)], axis=0)[owner].tolist(),
     }
-    expected = retrieval_metrics(image, text, owner, num_resamples=2)["mean_recall"].value
+    expected = retrieval_metrics(image, text, owner, num_resamples=2, ks=(1, 5, 10))["mean_recall"].value
     assert 0.1 < expected < 0.99
     assert estimate(Rows.of({(0, 0): run}, [(0, 0)]), "mean_recall").value == pytest.approx(expected)
 

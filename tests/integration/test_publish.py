@@ -62,6 +62,9 @@ def run_dir(prepared_dir: Path, tiny_model_path: Path, tmp_path_factory: pytest.
     (run / "evaluations" / "ham").mkdir(parents=True)
     digest = load_encoder(run).info.digest
     write_result(run / "evaluations" / "ham", evaluation("HAM10000", model_name=str(run), digest=digest))
+    other = run / "evaluations" / "step-00000001" / "ham"  # of another checkpoint: not published with this one
+    other.mkdir(parents=True)
+    write_result(other, evaluation("HAM10000", model_name=str(run), digest="e" * 16))
     return run
 
 
@@ -179,6 +182,16 @@ def test_an_evaluation_of_other_weights_is_refused(publish_dry: Publish, tmp_pat
     path = write_result(tmp_path, evaluation("HAM10000", digest="f" * 16))
     with pytest.raises(InputError, match=r"evaluation.json: of other weights \(runs/mine, f{16}\)"):
         publish_dry(evaluations=[path])
+
+
+def test_a_failed_task_is_published_without_its_message(publish_dry: Publish, run_dir: Path, tmp_path: Path) -> None:
+    """It can name a path of which nothing is known here."""
+    result = evaluation("HAM10000", digest=load_encoder(run_dir).info.digest)
+    failed = {"concepts": "/data/hospital/jane/terms.json: no such list"}
+    made = publish_dry(evaluations=[write_result(tmp_path, result.model_copy(update={"failed": failed}))])
+    published = (made.folder / "evaluations" / "HAM10000.json").read_text()
+    assert "hospital" not in published and read_result(made.folder / "evaluations" / "HAM10000.json").failed
+    assert "derm/train, ham/train" in published  # all the training data
 
 
 @needs_minilm

@@ -63,7 +63,7 @@ def test_equals_the_evaluation_of_the_checkpoint(run_config: dict[str, Any], tmp
     for values in found:
         checkpoint = run_dir / "checkpoints" / f"step-{values['step']:08d}"
         out = tmp_path / checkpoint.name
-        tasks = ["--set", "tasks=[{kind: zero_shot}, {kind: retrieval, ks: [1, 5, 10]}]"]
+        tasks = ["--tasks", "zero_shot,retrieval"]
         tasks += ["--set", "settings.num_workers=0"]
         assert main(["evaluate", str(checkpoint), "--data", val_dir(run_config), "--out", str(out), *tasks]) == 0
         classified, retrieved = read_result(out).tasks

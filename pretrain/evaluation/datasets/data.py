@@ -36,6 +36,7 @@ class EvalSet:
     rejected: Sequence[Mapping[str, str]]
     images: tuple[ImageReference, ...] = field(repr=False)
     notes: tuple[str, ...] = ()  # what a reader must know: rows left out, values not used, classes without rows
+    templates: str | None = None  # the list that the description names
     shards_dir: Path | None = None  # where the rows are those of prepared shards, ...
     positions: tuple[int, ...] = field(default=(), repr=False)  # ... and each row's place in their index
 
@@ -214,6 +215,7 @@ class _Builder:
             ),
             images=tuple(item.image for item in self.items),
             notes=tuple(notes),
+            templates=config.templates,
             shards_dir=shards,
             positions=() if shards is None else tuple(item.row - 1 for item in self.items),
         )

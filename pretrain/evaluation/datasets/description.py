@@ -181,6 +181,7 @@ class EvalDataConfig(Frozen):
     absent: Annotated[tuple[str, ...], BeforeValidator(lambda value: [str(each) for each in value])] = ()
     #: Concepts that a row with concepts does not name (columns.concepts): not in its image, or not annotated.
     unnamed_concepts: Literal["absent", "unknown"] = "unknown"
+    templates: str | None = None  # list in configs/eval/templates.json that class names are put into; None: dermatology
     licence: str | None = None  # where the table has no such column
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.config import load_config, make_config
 from data_prep.errors import InputError
+from data_prep.shards.manifest import read_manifest
 from data_prep.sources.base import Rejection
 from data_prep.sources.folder import walk_images
 from data_prep.sources.readers import check_table, parse_json, read_records
@@ -44,9 +45,12 @@ def open_data(path: Path | str, overrides: Sequence[str] = ()) -> EvalSet:
 
 def _described(path: Path) -> dict[str, Any]:
     """The description of what is no description itself."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem if path.is_file() else path.resolve().name).strip("_") or "data"
+    name = _name(path.stem if path.is_file() else path.resolve().name)
     if "*" in path.name or path.suffix.lower() == ".tar":
         return {"name": name, "source": {"kind": "webdataset", "tar_dir": str(path.parent), "pattern": path.name}}
+    if (path / "manifest.json").is_file():
+        manifest = read_manifest(path)  # "val" alone would say nothing beside other data sets
+        return {"name": _name(f"{manifest.dataset}-{manifest.split}"), "source": _folder(path)}
     if path.is_dir():
         return {"name": name, "source": _folder(path)}
     if path.suffix.lower() in _TABLES:
@@ -59,6 +63,10 @@ def _described(path: Path) -> dict[str, Any]:
         f"{path}: no data set; give a description (.yaml), a folder of images or shards, tars, or a table "
         f"({', '.join(_TABLES)})"
     )
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "data"
 
 
 def _folder(path: Path) -> dict[str, Any]:

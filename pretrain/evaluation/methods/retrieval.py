@@ -46,12 +46,17 @@ class ResamplingGroups:
     is_linked: bool
 
 
+def usable_ks(ks: Sequence[int], num_images: int, num_texts: int) -> tuple[int, ...]:
+    """Those below both numbers of candidates: at or above them recall is 1 for any model."""
+    return tuple(k for k in ks if k < min(num_images, num_texts))
+
+
 def retrieval_metrics(
     image_features: Floats,
     text_features: Floats,
     pairs: Ints,
     *,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int],
     patients: Groups | None = None,
     chunk_size: int = 2048,
     num_resamples: int = 1000,
@@ -76,7 +81,7 @@ def rank_metrics(
     text_rank: Ints,
     groups: ResamplingGroups,
     *,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int],
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,

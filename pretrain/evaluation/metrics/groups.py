@@ -58,15 +58,21 @@ def by_group(
     since they were chosen by their values, it says that some pair differs more readily than a pair fixed beforehand
     would.
     """
-    names = {name for row in rows for name in row.attributes or () if _value(row, name) is not None}
-    ordered = [*(name for name in ATTRIBUTES if name in names), *sorted(names.difference(ATTRIBUTES))]
     kind = {"is_share": is_share, "lower_is_better": lower_is_better}
     given = (rows, metric, statistic, arrays, settings, chance, kind)
-    return tuple(_by_attribute(name, *given) for name in ordered)
+    return tuple(_by_attribute(name, value_N, *given) for name, value_N in values_of(rows).items())
+
+
+def values_of(rows: Sequence[Row]) -> dict[str, NDArray[np.str_]]:
+    """By attribute that any row has, in the order of the report: the value of each row, (N,); "" = not known."""
+    names = {name for row in rows for name in row.attributes or () if _value(row, name) is not None}
+    ordered = [*(name for name in ATTRIBUTES if name in names), *sorted(names.difference(ATTRIBUTES))]
+    return {name: np.array([_value(row, name) or "" for row in rows]) for name in ordered}
 
 
 def _by_attribute(
     attribute: str,
+    value_N: NDArray[np.str_],
     rows: Sequence[Row],
     metric: str,
     statistic: Callable[..., float],
@@ -75,10 +81,9 @@ def _by_attribute(
     chance: float | None,
     kind: dict[str, bool],
 ) -> ByGroup:
-    values = [_value(row, attribute) for row in rows]
-    known = np.flatnonzero([value is not None for value in values])
-    names = sorted({value for value in values if value is not None}, key=lambda value: _place(attribute, value))
-    value_K = np.array([names.index(str(values[row])) for row in known])  # K rows with a value
+    known = np.flatnonzero(value_N != "")
+    names = sorted(set(value_N[known].tolist()), key=lambda value: _place(attribute, value))
+    value_K = np.array([names.index(value) for value in value_N[known].tolist()])  # K rows with a value
     arrays_K = [array[known] for array in arrays]
     patient_K = group_codes([rows[row].patient for row in known.tolist()])
     full_V = np.array([statistic(*(array[value_K == code] for array in arrays_K)) for code in range(len(names))])

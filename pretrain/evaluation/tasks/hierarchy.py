@@ -81,7 +81,7 @@ def run(task: HierarchyTask, given: TaskInput) -> TaskResult:
             classified.rows, DISTANCE, np.mean, [distance_N], given.settings, is_share=False, lower_is_better=True
         ),
         settings={
-            "templates": task.templates,
+            "templates": classified.template_list,
             "ontology": "diagnosis_path" if task.ontology is None else task.ontology.name,
             "ontology_digest": digest_of([node_of, np.nan_to_num(scores.distance_CC, nan=-1).tolist()]),
             "num_classes": len(classnames),

@@ -28,6 +28,7 @@ from pretrain.evaluation.metrics.statistics import (
 )
 from pretrain.evaluation.results import TABLES, Confusion, Curve, Metric, TaskResult, undefined
 from pretrain.evaluation.tables import write_table
+from pretrain.evaluation.tasks.notes import notes_on_classes
 
 _OF_PREDICTED: dict[str, Callable[[Ints, Ints], float]] = {
     "accuracy": accuracy,
@@ -239,16 +240,24 @@ def _without_overlap(
     given: TaskInput, labelled: _Labelled, amounts: Sequence[_Amount], metrics: Mapping[str, Metric]
 ) -> tuple[dict[str, Metric], list[str]]:
     """The same probes, on the test images that the encoder's training data does not hold."""
-    if given.overlap_N is None or not given.overlap_N[labelled.test].any():
+    if given.overlap_N is None:
         return {}, []
+    notes = []
+    if num_trained_on := int(given.overlap_N[labelled.train].sum()):
+        notes.append(
+            f"{num_trained_on} of the {len(labelled.train)} images that the probe learns from are in the encoder's "
+            "training data."
+        )
+    if not given.overlap_N[labelled.test].any():
+        return {}, notes
     kept_N = ~given.overlap_N[labelled.test]
     if not kept_N.any():
-        return undefined(metrics), ["All images tested on are in the encoder's training data."]
+        return undefined(metrics), [*notes, "All images tested on are in the encoder's training data."]
     return {
         f"{name}@{amount.name}": metric
         for amount in amounts
         for name, metric in _metrics(labelled, amount, kept_N, given.settings).items()
-    }, []
+    }, notes
 
 
 def _curves(amounts: Sequence[_Amount], metrics: dict[str, dict[str, Metric]]) -> tuple[Curve, ...]:
@@ -322,6 +331,7 @@ def _notes(
     for counts, where in ((num_train, "train on: they cannot be predicted"), (num_test, "test on")):
         if empty := [name for name, count in zip(labelled.classnames, counts, strict=True) if not count]:
             notes.append(f"Classes without an image to {where}: {', '.join(empty)}.")
+    notes += notes_on_classes(labelled.test_rows, labelled.test_label, labelled.classnames)
     trained_on = set(labelled.train_patients) - {None}
     if num_shared := sum(patient in trained_on for patient in labelled.test_patients):
         notes.append(f"{num_shared} images tested on are of patients whom the data set's own training part holds too.")

@@ -23,6 +23,7 @@ from pretrain.evaluation.methods.retrieval import (
     rank_metrics,
     resampling_groups,
     retrieval_ranks,
+    usable_ks,
 )
 from pretrain.evaluation.methods.retrieval_ranks import TIE_TOLERANCE
 from pretrain.evaluation.metrics.groups import by_group
@@ -124,12 +125,12 @@ def _candidates(
 
 def _usable_ks(ks: Sequence[int], candidates: _Candidates) -> tuple[tuple[int, ...], list[str]]:
     """Those below the number of candidates, and what to say of the others."""
-    fewest = min(len(candidates.rows), len(candidates.texts))
-    left_out = [str(k) for k in ks if k >= fewest]
+    usable = usable_ks(ks, len(candidates.rows), len(candidates.texts))
+    left_out = [str(k) for k in ks if k not in usable]
     if not left_out:
-        return tuple(ks), []
-    note = f"recall@{', @'.join(left_out)} is left out: with {fewest} candidates it is 1 for any model."
-    return tuple(k for k in ks if k < fewest), [note]
+        return usable, []
+    fewest = min(len(candidates.rows), len(candidates.texts))
+    return usable, [f"recall@{', @'.join(left_out)} is left out: with {fewest} candidates it is 1 for any model."]
 
 
 def _metrics(

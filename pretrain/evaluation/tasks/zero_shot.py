@@ -29,7 +29,8 @@ from pretrain.evaluation.metrics.groups import by_group
 from pretrain.evaluation.metrics.statistics import Bools, accuracy, balanced_accuracy, macro_auroc
 from pretrain.evaluation.results import TABLES, ByGroup, Confusion, Metric, TaskResult, undefined
 from pretrain.evaluation.tables import write_table
-from pretrain.prompts import TEMPLATES_PATH, load_templates
+from pretrain.evaluation.tasks.notes import notes_on_classes
+from pretrain.prompts import DEFAULT_TEMPLATES, TEMPLATES_PATH, load_templates
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Classified:
     logits_NC: NDArray[np.float64]
     overlap_N: Bools | None
     patients: Sequence[str | None]  # N
+    template_list: str
     templates: tuple[str, ...]
     notes: tuple[str, ...]  # which rows are not among them
 
@@ -90,16 +92,16 @@ def run(task: ZeroShotTask, given: TaskInput) -> TaskResult:
             ),
         ),
         settings={
-            "templates": task.templates,
+            "templates": classified.template_list,
             "template_texts": classified.templates,
             "logit_scale": float(given.encoder.logit_scale),
             "num_classes": len(classnames),
         },
-        notes=classified.notes,
+        notes=(*classified.notes, *notes_on_classes(classified.rows, label_N, classnames)),
     )
 
 
-def classify(given: TaskInput, template_list: str, classnames: tuple[str, ...]) -> Classified:
+def classify(given: TaskInput, template_list: str | None, classnames: tuple[str, ...]) -> Classified:
     """Logits of every image outside the training part whose label is one of `classnames`.
 
     Raises InputError where there is none, and for classes or templates that cannot be used.
@@ -108,6 +110,7 @@ def classify(given: TaskInput, template_list: str, classnames: tuple[str, ...]) 
     position_N = np.array([i for i, row in enumerate(rows) if is_scored(row, classnames)], dtype=np.int64)
     if len(position_N) == 0:
         raise InputError(f"{given.data.name}: no image outside the training part has one of the classes as its label")
+    template_list = template_list or given.data.templates or DEFAULT_TEMPLATES
     templates = load_templates(TEMPLATES_PATH, template_list)
     classifier_CD = build_classifier(given.encoder.encode_texts, classnames, templates)
     image_ND = given.features(JOINT)[position_N]
@@ -125,6 +128,7 @@ def classify(given: TaskInput, template_list: str, classnames: tuple[str, ...]) 
         logits_NC=zero_shot_logits(image_ND, classifier_CD, given.encoder.logit_scale),
         overlap_N=overlap_N,
         patients=[row.patient for row in scored],
+        template_list=template_list,
         templates=tuple(templates),
         notes=notes,
     )

@@ -53,6 +53,7 @@ class RowSet:
     name: str = "noise"
     digest: str = "0123456789abcdef"
     rejected: tuple[()] = ()
+    templates: str | None = None
 
 
 @cache

@@ -52,6 +52,8 @@ class StandInData:
     classnames: tuple[str, ...] = ()
     digest = "0" * 16
     rejected: Sequence[Mapping[str, str]] = ()
+    notes: tuple[str, ...] = ()
+    templates: str | None = None
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows

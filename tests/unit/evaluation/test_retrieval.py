@@ -51,7 +51,7 @@ def test_ranks_and_recalls_equal_the_loops(num_images: int, num_texts: int) -> N
     image_rank, text_rank = retrieval_ranks(images, texts, owner, chunk_size=7)
     assert image_rank.tolist() == expected_image
     assert text_rank.tolist() == expected_text
-    metrics = retrieval_metrics(images, texts, owner, num_resamples=20)
+    metrics = retrieval_metrics(images, texts, owner, num_resamples=20, ks=(1, 5, 10))
     recalls = []
     for name, ranks in (("image_to_text", expected_image), ("text_to_image", expected_text)):
         for k in (1, 5, 10):
@@ -75,7 +75,7 @@ def test_any_owner_is_a_right_answer() -> None:
 def test_ties_count_against_the_model() -> None:
     """A collapsed encoder finds nothing below the number of candidates."""
     collapsed = np.tile(unit(np.ones((1, 8))), (30, 1))
-    metrics = retrieval_metrics(collapsed, collapsed, np.arange(30), num_resamples=20)
+    metrics = retrieval_metrics(collapsed, collapsed, np.arange(30), num_resamples=20, ks=(1, 5, 10))
     assert metrics["mean_recall"].value == 0
     assert metrics["image_to_text_median_rank"].value == 30
     # repeated images under different texts tie exactly, in whichever chunk they fall
@@ -96,7 +96,7 @@ def test_chunks_do_not_change_the_ranks() -> None:
 
 def test_fewer_candidates_than_k() -> None:
     images, texts, owner = noisy_pairs(6, 3, noise=3.0)
-    metrics = retrieval_metrics(images, texts, owner, num_resamples=20)
+    metrics = retrieval_metrics(images, texts, owner, num_resamples=20, ks=(1, 5, 10))
     assert metrics["image_to_text_recall@5"].value == 1 and metrics["text_to_image_recall@10"].value == 1
     assert chance_levels(owner, 3)["image_to_text_recall@5"] == 1
     assert retrieval_metrics(images, texts, owner, ks=(2,), num_resamples=5).keys() == {
@@ -114,7 +114,9 @@ def test_a_text_without_images_distracts_but_asks_nothing() -> None:
     image_rank, text_rank = retrieval_ranks(images, distracted, owner)
     assert image_rank.tolist() == [1] + [0] * 19
     assert text_rank.tolist() == [0] * 20 + [-1]
-    assert retrieval_metrics(images, distracted, owner, num_resamples=20)["text_to_image_recall@1"].n == 20
+    assert (
+        retrieval_metrics(images, distracted, owner, num_resamples=20, ks=(1, 5, 10))["text_to_image_recall@1"].n == 20
+    )
 
 
 def test_chance_is_what_random_features_reach() -> None:
@@ -124,7 +126,7 @@ def test_chance_is_what_random_features_reach() -> None:
     sums: dict[str, float] = dict.fromkeys(levels, 0.0)
     for _ in range(60):
         images, texts = unit(rng.normal(size=(60, 64))), unit(rng.normal(size=(30, 64)))
-        metrics = retrieval_metrics(images, texts, owner, num_resamples=1)
+        metrics = retrieval_metrics(images, texts, owner, num_resamples=1, ks=(1, 5, 10))
         for name in sums:
             sums[name] += metrics[name].value / 60
     assert sums == pytest.approx(levels, abs=0.03)
@@ -140,7 +142,7 @@ def test_interval_follows_the_texts_not_the_images() -> None:
     owner = np.repeat(np.arange(8), 25)
     shown = np.where(owner < 4, owner, (owner + 1) % 8)  # images of half of the texts look like the next text
     images = unit(texts[shown] + 0.01 * rng.normal(size=(200, 16)))
-    recall = retrieval_metrics(images, texts, owner)["image_to_text_recall@1"]
+    recall = retrieval_metrics(images, texts, owner, ks=(1, 5, 10))["image_to_text_recall@1"]
     assert recall.value == 0.5 and recall.n == 200
     assert recall.high - recall.low > 0.5  # images as independent: 0.14
 

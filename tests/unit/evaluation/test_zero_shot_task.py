@@ -82,11 +82,36 @@ def test_rows_that_are_not_scored_are_counted(tmp_path: Path) -> None:
     result = zero_shot.run(ZeroShotTask(), make_input(tmp_path, rows, classnames))
     assert result.metrics["accuracy"].n == 37 and result.settings["num_classes"] == 6
     assert result.per_class["scabies"].value is None and result.per_class["scabies"].n == 0
-    assert [note.split()[0] for note in result.notes] == ["1", "2", "Classes"] and "scabies" in result.notes[2]
+    assert [note.split()[0] for note in result.notes[:3]] == ["1", "2", "Classes"] and "scabies" in result.notes[2]
     labels = [row.label for row in rows[3:]]
     shares = reference_probabilities(40, classnames)[3:]
     expected = np.mean([classnames[code] == label for code, label in zip(shares.argmax(1), labels, strict=True)])
     assert result.metrics["accuracy"].value == pytest.approx(expected)
+
+
+def test_few_patients_in_a_class_and_few_classes_in_a_group_are_said(tmp_path: Path) -> None:
+    rows = [replace(row, patient=f"patient {i // 8}", label=CLASSNAMES[i // 16]) for i, row in enumerate(make_rows(80))]
+    for i in range(16):  # all melanomas of one site
+        rows[i] = replace(rows[i], attributes={"body_site": "ear"})
+    rows[16] = replace(rows[16], attributes={"body_site": "lip"})
+    rows[40] = replace(rows[40], attributes={"body_site": "lip"})
+    notes = zero_shot.run(ZeroShotTask(), make_input(tmp_path, rows)).notes
+    assert any(note.startswith("Classes of fewer than 5 patients: melanoma, nevus, basal") for note in notes)
+    (of_sites,) = [note for note in notes if note.startswith("By body_site")]
+    assert "over the classes that a group holds, 1 to 2 of 5" in of_sites
+
+
+def test_the_templates_are_the_tasks_the_data_sets_or_ours(tmp_path: Path) -> None:
+    given = make_input(tmp_path, make_rows(20))
+    of_the_set = replace(given, data=replace(given.data, templates="peers"))
+    for task, task_input, expected in (
+        (ZeroShotTask(), given, "dermatology"),
+        (ZeroShotTask(), of_the_set, "peers"),
+        (ZeroShotTask(templates="dermatology"), of_the_set, "dermatology"),
+    ):
+        settings = zero_shot.run(task, task_input).settings
+        assert settings["templates"] == expected
+        assert settings["template_texts"] == tuple(load_templates(TEMPLATES_PATH, expected))
 
 
 def test_without_overlap_is_the_same_as_a_set_without_those_images(tmp_path: Path) -> None:
