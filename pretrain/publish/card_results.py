@@ -7,21 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from huggingface_hub import EvalResult
 
-from pretrain.evaluation.results import ByGroup, EvaluationResult, Metric, TaskResult
+from pretrain.evaluation.metrics.groups import attribute_title
+from pretrain.evaluation.results import TASK_TITLES, ByGroup, EvaluationResult, Metric, TaskResult
 from pretrain.publish.markdown import bullets, plain, table
 
 #: the Hub's names of tasks (https://huggingface.co/tasks) where it has one
 _HUB_TASKS = {"zero_shot": "zero-shot-image-classification", "probe": "image-classification"}
-_TASK_TITLES = {
-    "zero_shot": "Zero-shot classification",
-    "retrieval": "Retrieval",
-    "probe": "Linear probe",
-    "concepts": "Concept annotation",
-    "multiple_choice": "Multiple choice",
-    "hierarchy": "Over the ontology",
-}
 _SKIN_TONE = "fitzpatrick"
-_ATTRIBUTES = {_SKIN_TONE: "skin tone (Fitzpatrick)", "age_band": "age", "body_site": "body site"}
 
 
 def results_section(evaluations: Sequence[EvaluationResult]) -> str:
@@ -50,7 +42,7 @@ def eval_results(evaluations: Iterable[EvaluationResult]) -> list[EvalResult]:
                 results.append(
                     EvalResult(
                         task_type=_HUB_TASKS.get(task.task, task.task.replace("_", "-")),
-                        task_name=_TASK_TITLES[task.task],
+                        task_name=TASK_TITLES[task.task],
                         dataset_type=_slug(evaluation.dataset.name),
                         dataset_name=evaluation.dataset.name,
                         metric_type=name,
@@ -108,7 +100,7 @@ def _task(task: TaskResult) -> list[str]:
             other = task.without_overlap.get(name)
             row.append("" if other is None else interval(other))
         rows.append(row)
-    parts = [f"#### {_TASK_TITLES[task.task]}", table(head, rows)]
+    parts = [f"#### {TASK_TITLES[task.task]}", table(head, rows)]
     parts += [bullets(plain(note) for note in task.notes)] if task.notes else []
     for groups in sorted(task.by_group, key=lambda groups: groups.attribute != _SKIN_TONE):
         parts += _groups(groups)
@@ -116,7 +108,7 @@ def _task(task: TaskResult) -> list[str]:
 
 
 def _groups(groups: ByGroup) -> list[str]:
-    title = _ATTRIBUTES.get(groups.attribute, groups.attribute.replace("_", " "))
+    title = attribute_title(groups.attribute)
     rows = [(plain(name), interval(metric), f"{metric.n:,}") for name, metric in groups.groups.items()]
     facts = []
     if groups.worst is not None:

@@ -114,7 +114,7 @@ def test_results_stand_with_intervals_skin_tone_first() -> None:
     assert "Of the 200 tested on 5 are in the training data too (3 with the same pixels, 2 near copies)." in text
     assert "| II | 0.660 [0.580, 0.720] | 120 |" in text and "| V | undefined | 2 |" in text
     assert "worst: III; gap 0.090 [-0.040, 0.220]; 38 rows without a value." in text
-    assert text.index("skin tone (Fitzpatrick)") < text.index("by sex")
+    assert text.index("skin tone (Fitzpatrick type)") < text.index("by sex")
     assert r"One class has \| four images." in text
     assert "not compared with the training data" in results_section([evaluation("HAM10000", leakage=None)])
     assert results_section([]) == "None was given."
