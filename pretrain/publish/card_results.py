@@ -24,9 +24,11 @@ def results_section(evaluations: Sequence[EvaluationResult]) -> str:
 
 
 def knows_skin_tone(evaluations: Iterable[EvaluationResult]) -> bool:
-    """Whether some metric was measured by skin tone."""
+    """Whether the card shows some metric for two skin tones or more."""
     tasks = [task for evaluation in evaluations for task in evaluation.tasks]
-    return any(groups.attribute == _SKIN_TONE and len(groups.groups) > 1 for task in tasks for groups in task.by_group)
+    return any(
+        groups.attribute == _SKIN_TONE and len(_large_groups(groups)) > 1 for task in tasks for groups in task.by_group
+    )
 
 
 def eval_results(evaluations: Iterable[EvaluationResult]) -> list[EvalResult]:
@@ -108,18 +110,29 @@ def _task(task: TaskResult) -> list[str]:
 
 
 def _groups(groups: ByGroup) -> list[str]:
+    """Without the groups that are too small to say anything: with them, most of a card is tables of a few rows."""
     title = attribute_title(groups.attribute)
-    rows = [(plain(name), interval(metric), f"{metric.n:,}") for name, metric in groups.groups.items()]
+    shown = _large_groups(groups)
+    rows = [(plain(name), interval(metric), f"{metric.n:,}") for name, metric in shown.items()]
     facts = []
     if groups.worst is not None:
         facts.append(f"worst: {plain(groups.worst)}")
     if groups.gap is not None:
         facts.append(f"gap {interval(groups.gap)}")
     facts.append(f"{groups.num_unknown:,} rows without a value")
-    return [
-        f"{plain(groups.metric)} by {plain(title)}: {'; '.join(facts)}.",
-        table((plain(title), plain(groups.metric), "n"), rows),
-    ]
+    parts = [f"{plain(groups.metric)} by {plain(title)}: {'; '.join(facts)}."]
+    parts += [table((plain(title), plain(groups.metric), "n"), rows)] if rows else []
+    if num_small := len(groups.groups) - len(shown):
+        parts.append(
+            f"Left out here: {num_small:,} group(s) of fewer than {groups.min_group_size:,} rows; "
+            "`evaluations/*.json` has them."
+        )
+    return parts
+
+
+def _large_groups(groups: ByGroup) -> dict[str, Metric]:
+    """All of them where the evaluation does not say how many rows a group needs."""
+    return {name: metric for name, metric in groups.groups.items() if metric.n >= (groups.min_group_size or 0)}
 
 
 def interval(metric: Metric) -> str:

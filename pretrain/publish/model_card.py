@@ -93,7 +93,8 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
         "library_name": "open_clip",
         "pipeline_tag": "zero-shot-image-classification",
         "license": licence.hub_id,
-        "datasets": list(facts.datasets) or [facts.run.manifest.dataset.lower()],
+        # ids of the Hub alone, which makes links of them: the data's own name is in the text
+        "datasets": list(facts.datasets) or None,
         "tags": [*TAGS, *(["transformers"] if facts.model.clip_difference is not None else [])],
     }
     if licence.hub_id == "other":
@@ -236,7 +237,10 @@ def _limitations(facts: CardFacts) -> str:
     if not facts.evaluations:
         lines.append("No evaluation was published with this model: nothing is known of how well it does.")
     if not knows_skin_tone(facts.evaluations):
-        lines.append("How well it does by skin tone was not measured. Dark skin is rare in most data of this kind.")
+        lines.append(
+            "How well it does by skin tone was not measured, or on too few images. Dark skin is rare in most data of "
+            "this kind."
+        )
     return bullets(lines)
 
 

@@ -75,7 +75,9 @@ def facts(**changes: object) -> CardFacts:
 
 def test_data_recipe_hardware_and_licence_stand_in_the_card() -> None:
     card = ModelCard(model_card(facts()))
-    assert card.data.license == "cc-by-nc-4.0" and card.data.datasets == ["derm_images"]
+    assert card.data.license == "cc-by-nc-4.0" and "datasets" not in card.data.to_dict()
+    assert r"pairs of derm\_images with dermvlp" in card.text
+    assert ModelCard(model_card(facts(datasets=("org/data",)))).data.datasets == ["org/data"]
     for text in (
         "149.6 M parameters",
         "3,870 image-text pairs",
@@ -112,7 +114,8 @@ def test_results_stand_with_intervals_skin_tone_first() -> None:
     assert "| balanced\\_accuracy | 0.610 [0.550, 0.660] | 200 | 0.143 | 0.590 [0.520, 0.650] |" in text
     assert "| top\\_3 | undefined | 0 |" in text
     assert "Of the 200 tested on 5 are in the training data too (3 with the same pixels, 2 near copies)." in text
-    assert "| II | 0.660 [0.580, 0.720] | 120 |" in text and "| V | undefined | 2 |" in text
+    assert "| II | 0.660 [0.580, 0.720] | 120 |" in text and "| V |" not in text
+    assert "Left out here: 1 group(s) of fewer than 20 rows; `evaluations/*.json` has them." in text
     assert "worst: III; gap 0.090 [-0.040, 0.220]; 38 rows without a value." in text
     assert text.index("skin tone (Fitzpatrick type)") < text.index("by sex")
     assert r"One class has \| four images." in text
@@ -142,8 +145,26 @@ def test_model_index_holds_defined_metrics_with_their_intervals() -> None:
 def test_skin_tone_is_known_only_where_it_was_measured() -> None:
     result = evaluation("HAM10000")
     assert knows_skin_tone([result])
-    without = result.tasks[0].model_copy(update={"by_group": result.tasks[0].by_group[:1]})
-    assert not knows_skin_tone([result.model_copy(update={"tasks": (without,)})])
+    by_sex, by_tone = result.tasks[0].by_group
+    rare = by_tone.model_copy(update={"min_group_size": 50})  # one group is as large
+    for by_group in ((by_sex,), (by_sex, rare)):
+        without = result.tasks[0].model_copy(update={"by_group": by_group})
+        assert not knows_skin_tone([result.model_copy(update={"tasks": (without,)})])
+
+
+def test_small_groups_are_counted_and_not_shown() -> None:
+    result = evaluation("HAM10000")
+    by_tone = result.tasks[0].by_group[1]
+
+    def section(min_group_size: int | None) -> str:
+        by_group = (by_tone.model_copy(update={"min_group_size": min_group_size}),)
+        return results_section(
+            [result.model_copy(update={"tasks": (result.tasks[0].model_copy(update={"by_group": by_group}),)})]
+        )
+
+    assert "| III |" in section(40) and "| III |" not in section(41) and "2 group(s) of fewer than 41" in section(41)
+    assert "| skin tone" not in section(1000) and "3 group(s) of fewer than 1,000 rows" in section(1000)
+    assert "| V | undefined | 2 |" in section(None) and "Left out" not in section(None)
 
 
 def test_gated_access_and_a_licence_that_the_hub_does_not_list() -> None:
