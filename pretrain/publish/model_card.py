@@ -166,16 +166,9 @@ def _usage(facts: CardFacts) -> str:
 
 def _training_data(facts: CardFacts) -> str:
     manifest = facts.run.manifest
-    licences = sorted(manifest.samples_by_licence.items(), key=lambda item: (-item[1], item[0]))
-    rows = []
-    for name, count in licences:
-        found = find_licence(name)
-        terms = "not known to dermvlp" if found is None else _terms(found.commercial, found.derivatives)
-        rows.append((plain(name), f"{count:,}", terms))
     aspects = {str(Aspect(aspect).value): count for aspect, count in manifest.captions_by_aspect.items()}
     parts = [
-        table(("licence", "samples", "what it allows"), rows),
-        count_table("source", manifest.samples_by_source, "samples") if manifest.samples_by_source else "",
+        *_sources(facts.run),
         count_table("captions by aspect", aspects, "captions"),
         count_table("diagnosis", manifest.samples_by_diagnosis, "samples", most=12),
         f"Rows of the sources that became no sample: {manifest.num_rejected:,}. Sub-captions by "
@@ -187,8 +180,33 @@ def _training_data(facts: CardFacts) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _terms(commercial: bool, derivatives: bool) -> str:
-    return f"{'commercial use' if commercial else 'no commercial use'}, {'' if derivatives else 'no '}derivatives"
+def _sources(run: RunFacts) -> list[str]:
+    """One table of sources and their licences; two where it is not known which source has which licence."""
+    if run.samples_by_source_and_licence is not None:
+        found = sorted(run.samples_by_source_and_licence.items(), key=lambda item: (-item[1], item[0]))
+        # of data that names no source within itself, the data's own name says most
+        unnamed = {"unknown": f"{run.manifest.dataset}, source not named"}
+        rows = [(plain(unnamed.get(s, s)), plain(name), _terms(name), f"{count:,}") for (s, name), count in found]
+        return [
+            "A sample is one image with its texts.",
+            table(("source", "licence", "what it allows", "samples"), rows),
+        ]
+    licences = sorted(run.manifest.samples_by_licence.items(), key=lambda item: (-item[1], item[0]))
+    parts = [
+        "A sample is one image with its texts. Which source has which licence is not said here: the shards, which say "
+        "it, could not be read when this card was written.",
+        table(("licence", "what it allows", "samples"), [(plain(n), _terms(n), f"{count:,}") for n, count in licences]),
+    ]
+    sources = run.manifest.samples_by_source
+    return [*parts, count_table("source", sources, "samples")] if sources else parts
+
+
+def _terms(name: str) -> str:
+    licence = find_licence(name)
+    if licence is None:
+        return "not known to dermvlp"
+    commercial = "commercial use" if licence.commercial else "no commercial use"
+    return f"{commercial}, {'derivatives' if licence.derivatives else 'no derivatives'}"
 
 
 def _recipe(facts: CardFacts) -> str:

@@ -14,6 +14,7 @@ from data_prep.schema import ShardManifest
 from pretrain.config import TrainConfig
 from pretrain.data.manifest import ShardedDataset
 from pretrain.publish.private import without_paths
+from pretrain.publish.training_sources import samples_by_source_and_licence
 from pretrain.train.metrics import read_metrics
 from pretrain.train.retention import read_meta
 
@@ -29,6 +30,8 @@ class RunFacts:
     hours: float | None  # of training steps; None: no training log
     year: int  # of the checkpoint
     starts: tuple[str, ...]  # published weights and teachers that the run began with
+    #: of the training split; None: the manifest does not say it, and its shards could not be read
+    samples_by_source_and_licence: dict[tuple[str, str], int] | None = None
 
 
 def read_run(checkpoint: Path, data_dir: Path | None = None) -> RunFacts:
@@ -43,9 +46,11 @@ def read_run(checkpoint: Path, data_dir: Path | None = None) -> RunFacts:
     config = TrainConfig.model_validate(meta["config"])
     towers = json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))
     records = read_metrics(checkpoint.parent.parent / "metrics.jsonl")
+    train_dir = data_dir or config.data.train_dir
+    manifest = _training_manifest(train_dir, meta["data_digest"])
     return RunFacts(
         config=TrainConfig.model_validate(without_paths(config.model_dump(mode="json"))),
-        manifest=_training_manifest(data_dir or config.data.train_dir, meta["data_digest"]),
+        manifest=manifest,
         step=int(meta["step"]),
         samples_seen=int(meta.get("samples_seen", meta["step"] * config.global_batch_size)),
         num_ranks=int(meta["num_ranks"]),
@@ -53,6 +58,7 @@ def read_run(checkpoint: Path, data_dir: Path | None = None) -> RunFacts:
         hours=training_hours([r for r in records if r["step"] <= meta["step"]], config.global_batch_size),
         year=datetime.datetime.fromtimestamp((checkpoint / "meta.json").stat().st_mtime, datetime.UTC).year,
         starts=_starts(without_paths(meta["config"]), towers["model_cfg"]["text_cfg"]),
+        samples_by_source_and_licence=samples_by_source_and_licence(train_dir, manifest),
     )
 
 

@@ -133,7 +133,7 @@ def test_the_card_is_written_from_the_run(publish_dry: Publish) -> None:
     found = {metric["type"]: metric["value"] for metric in data["model-index"][0]["results"][0]["metrics"]}
     assert found == {"balanced_accuracy": 0.59}
     text = card.text
-    assert "96 image-text pairs of synthetic" in text and "| Apache-2.0 | 96 |" in text
+    assert "96 image-text pairs of synthetic" in text and "| synthetic | Apache-2.0 | commercial use, derivatives | 96 |" in text
     assert "0.610 [0.550, 0.660]" in text and "skin tone" in text and "Not a medical device" in text
     assert "clip x 1" in text and "lr 0.001" in text and "CPU (" in text and "hours of training" in text
 

@@ -63,6 +63,7 @@ def facts(**changes: object) -> CardFacts:
         hours=3.14159,
         year=2026,
         starts=("ViT-B-16, weights openai",),
+        samples_by_source_and_licence={("PAD | UFES", "CC BY 4.0"): 909, ("HAM10000", "CC-BY-NC-4.0"): 2961},
     )
     base = CardFacts(
         repo="org/derm-clip",
@@ -81,9 +82,8 @@ def test_data_recipe_hardware_and_licence_stand_in_the_card() -> None:
     for text in (
         "149.6 M parameters",
         "3,870 image-text pairs",
-        "| CC-BY-NC-4.0 | 2,961 | no commercial use, derivatives |",
-        "| CC BY 4.0 | 909 | commercial use, derivatives |",
-        r"| PAD \| UFES | 909 |",
+        "| HAM10000 | CC-BY-NC-4.0 | no commercial use, derivatives | 2,961 |",
+        r"| PAD \| UFES | CC BY 4.0 | commercial use, derivatives | 909 |",
         "Rows of the sources that became no sample: 12.",
         "- ViT-B-16, weights openai",
         r"clip x 1, local\_alignment x 0.7",
@@ -107,6 +107,14 @@ def test_what_a_run_did_not_record_is_said() -> None:
     text = model_card(replace(base, run=replace(base.run, hardware=None, hours=None, starts=())))
     assert "the first on: not recorded" in text and "| hours of training | not recorded |" in text
     assert "training_metrics.jsonl" not in text and "published weights" not in text
+
+
+def test_sources_and_licences_stand_apart_where_the_shards_are_gone() -> None:
+    base = facts()
+    text = model_card(replace(base, run=replace(base.run, samples_by_source_and_licence=None)))
+    assert "Which source has which licence is not said here" in text
+    assert "| CC-BY-NC-4.0 | no commercial use, derivatives | 2,961 |" in text and r"| PAD \| UFES | 909 |" in text
+    assert "Which source" not in model_card(base)
 
 
 def test_results_stand_with_intervals_skin_tone_first() -> None:
