@@ -10,17 +10,39 @@ from huggingface_hub import EvalResult
 from pretrain.evaluation.metrics.groups import attribute_title
 from pretrain.evaluation.results import TASK_TITLES, ByGroup, EvaluationResult, Metric, TaskResult
 from pretrain.publish.markdown import bullets, plain, table
+from pretrain.publish.run_facts import Validation
 
 #: the Hub's names of tasks (https://huggingface.co/tasks) where it has one
 _HUB_TASKS = {"zero_shot": "zero-shot-image-classification", "probe": "image-classification"}
+#: by checkpoint.best_by
+_MEASURES = {
+    "loss": "the lowest loss",
+    "retrieval": "the highest mean recall of retrieval",
+    "zero_shot": "the highest balanced accuracy of zero-shot classification",
+}
 _SKIN_TONE = "fitzpatrick"
 
 
-def results_section(evaluations: Sequence[EvaluationResult]) -> str:
-    """Every evaluation with its intervals, its groups (skin tone first) and what its training data has in common."""
+def results_section(evaluations: Sequence[EvaluationResult], validation: Validation | None = None) -> str:
+    """Every evaluation with its intervals, its groups (skin tone first) and what its training data has in common.
+
+    One of the split that the run was validated on says so before its numbers.
+    """
     if not evaluations:
         return "None was given."
-    return "\n\n".join(part for evaluation in evaluations for part in _evaluation(evaluation))
+    return "\n\n".join(part for evaluation in evaluations for part in _evaluation(evaluation, validation))
+
+
+def choice_by(validation: Validation, split: str) -> str:
+    """What choosing by a split means for results on it, in one sentence."""
+    chosen = ""
+    if validation.keeps_best:
+        which = "this one" if validation.is_best else "another than this one"
+        chosen = f", and its best checkpoint, {which}, chosen there by {_MEASURES[validation.best_by]}"
+    return (
+        f"The run was validated every {validation.every:,} steps on {split}{chosen}: results on it are no independent "
+        "test."
+    )
 
 
 def knows_skin_tone(evaluations: Iterable[EvaluationResult]) -> bool:
@@ -67,12 +89,14 @@ def _arguments(metric: Metric, confidence: float) -> dict[str, float | int]:
     return arguments
 
 
-def _evaluation(evaluation: EvaluationResult) -> list[str]:
+def _evaluation(evaluation: EvaluationResult, validation: Validation | None) -> list[str]:
     data = evaluation.dataset
     parts = [
         f"### {plain(data.name)}",
         f"{data.num_images:,} images; {evaluation.confidence:.0%} intervals in brackets.{_leakage(evaluation)}",
     ]
+    if validation is not None and validation.split == data.name:
+        parts.append(f"**{choice_by(validation, 'this set')}**")
     for task in evaluation.tasks:
         parts += _task(task)
     return parts

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from data_prep.schema import Aspect
 from pretrain.evaluation.results import EvaluationResult
-from pretrain.publish.card_results import eval_results, knows_skin_tone, results_section
+from pretrain.publish.card_results import choice_by, eval_results, knows_skin_tone, results_section
 from pretrain.publish.licences import WeightsLicence, find_licence
 from pretrain.publish.markdown import bullets, count_table, plain, table
 from pretrain.publish.run_facts import RunFacts
@@ -69,7 +69,7 @@ def model_card(facts: CardFacts) -> str:
         "## Recipe",
         _recipe(facts),
         "## Results",
-        results_section(facts.evaluations),
+        results_section(facts.evaluations, facts.run.validation),
         "## Intended use, and what it is not for",
         _uses(),
         "## Limitations",
@@ -252,6 +252,11 @@ def _limitations(facts: CardFacts) -> str:
         "Captions say what their authors wrote, and can be wrong; sub-captions were made from them automatically.",
         "Results hold for the evaluation sets named above. Other cameras, clinics and populations were not tested.",
     ]
+    if (validation := facts.run.validation) is not None:
+        unknown = "a held-out split that could not be read any more when this card was written"
+        lines.append(choice_by(validation, unknown if validation.split is None else plain(validation.split)))
+        if validation.split is None and facts.evaluations:
+            lines.append("Whether an evaluation above is of the split that the run was validated on is not known.")
     if not facts.evaluations:
         lines.append("No evaluation was published with this model: nothing is known of how well it does.")
     if not knows_skin_tone(facts.evaluations):

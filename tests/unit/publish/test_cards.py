@@ -13,7 +13,7 @@ from pretrain.publish.card_results import eval_results, knows_skin_tone, results
 from pretrain.publish.licences import weights_licence
 from pretrain.publish.markdown import count_table, plain
 from pretrain.publish.model_card import CardFacts, ModelFacts, model_card
-from pretrain.publish.run_facts import RunFacts, training_hours
+from pretrain.publish.run_facts import RunFacts, Validation, training_hours
 from tests.unit.publish.results import evaluation
 
 MODEL = ModelFacts(
@@ -148,6 +148,30 @@ def test_model_index_holds_defined_metrics_with_their_intervals() -> None:
     card = ModelCard(model_card(facts(evaluations=evaluations)))
     assert card.data.eval_results == results
     assert "by skin tone was not measured" not in card.text
+
+
+def test_results_on_the_split_that_chose_the_checkpoint_are_no_independent_test() -> None:
+    validation = Validation(every=500, best_by="retrieval", keeps_best=True, is_best=True, split="derm_images-val")
+    evaluations = (evaluation("derm_images-val"), evaluation("HAM10000"))
+    base = facts(evaluations=evaluations)
+
+    def card(**changes: object) -> str:
+        return model_card(replace(base, run=replace(base.run, validation=replace(validation, **changes))))  # type: ignore[arg-type]
+
+    chosen = "and its best checkpoint, this one, chosen there by the highest mean recall of retrieval: results on it"
+    of_results = f"**The run was validated every 500 steps on this set, {chosen} are no independent test.**"
+    of_limits = f"- The run was validated every 500 steps on derm\\_images-val, {chosen} are no independent test."
+    text = card()
+    assert text.count(of_results) == 1 and text.index(of_results) < text.index("### HAM10000")
+    assert of_limits in text
+    gone = card(split=None)
+    assert "on this set" not in gone and "steps on a held-out split that could not be read any more" in gone
+    assert "Whether an evaluation above is of the split" in gone and "Whether an evaluation above" not in text
+    assert "its best checkpoint, another than this one, chosen there by the lowest loss" in card(
+        is_best=False, best_by="loss"
+    )
+    assert "every 500 steps on this set: results on it" in card(keeps_best=False)
+    assert "independent test" not in model_card(base)
 
 
 def test_skin_tone_is_known_only_where_it_was_measured() -> None:
