@@ -53,10 +53,11 @@ def knows_skin_tone(evaluations: Iterable[EvaluationResult]) -> bool:
     )
 
 
-def eval_results(evaluations: Iterable[EvaluationResult]) -> list[EvalResult]:
+def eval_results(evaluations: Iterable[EvaluationResult], validation: Validation | None = None) -> list[EvalResult]:
     """The defined metrics for `model-index`, each with its interval and number of rows as arguments."""
     results = []
     for evaluation in evaluations:
+        chose = {"run_was_validated_on_it": True} if _is_of_split(evaluation, validation) else {}
         for task in evaluation.tasks:
             # what the Hub shows beside other models: without the images that were trained on, where there are any
             without = {"without_training_images": True} if task.without_overlap else {}
@@ -72,7 +73,7 @@ def eval_results(evaluations: Iterable[EvaluationResult]) -> list[EvalResult]:
                         metric_type=name,
                         metric_name=name.replace("_", " "),
                         metric_value=round(metric.value, 4),
-                        metric_args=_arguments(metric, evaluation.confidence) | without,
+                        metric_args=_arguments(metric, evaluation.confidence) | without | chose,
                     )
                 )
     return results
@@ -95,11 +96,15 @@ def _evaluation(evaluation: EvaluationResult, validation: Validation | None) -> 
         f"### {plain(data.name)}",
         f"{data.num_images:,} images; {evaluation.confidence:.0%} intervals in brackets.{_leakage(evaluation)}",
     ]
-    if validation is not None and validation.split == data.name:
+    if validation is not None and _is_of_split(evaluation, validation):
         parts.append(f"**{choice_by(validation, 'this set')}**")
     for task in evaluation.tasks:
         parts += _task(task)
     return parts
+
+
+def _is_of_split(evaluation: EvaluationResult, validation: Validation | None) -> bool:
+    return validation is not None and validation.split == evaluation.dataset.name
 
 
 def _leakage(evaluation: EvaluationResult) -> str:

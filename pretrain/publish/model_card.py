@@ -101,7 +101,7 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
         fields |= {"license_name": licence.id.lower(), "license_link": licence.url}
     if facts.is_gated:
         fields |= {"extra_gated_prompt": _GATED_PROMPT, "extra_gated_fields": dict(_GATED_FIELDS)}
-    results = eval_results(facts.evaluations)
+    results = eval_results(facts.evaluations, facts.run.validation)
     if results:
         fields |= {"model_name": facts.repo.rpartition("/")[2], "eval_results": results}
     return ModelCardData(**fields)

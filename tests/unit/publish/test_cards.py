@@ -164,6 +164,9 @@ def test_results_on_the_split_that_chose_the_checkpoint_are_no_independent_test(
     text = card()
     assert text.count(of_results) == 1 and text.index(of_results) < text.index("### HAM10000")
     assert of_limits in text
+    arguments = {r.dataset_name: r.metric_args for r in ModelCard(text).data.eval_results or []}
+    assert arguments["derm_images-val"]["run_was_validated_on_it"]
+    assert "run_was_validated_on_it" not in arguments["HAM10000"]
     gone = card(split=None)
     assert "on this set" not in gone and "steps on a held-out split that could not be read any more" in gone
     assert "Whether an evaluation above is of the split" in gone and "Whether an evaluation above" not in text
