@@ -36,6 +36,15 @@ TABLES = {
     "multiple_choice": "multiple_choice_answers.csv",  # key, patient, answer, predicted, then a column an option
     "hierarchy": "hierarchy_predictions.csv",  # key, patient, label, predicted, tree_distance, then a column a level
 }
+#: as pages and cards head them, in their order
+TASK_TITLES = {
+    "zero_shot": "Zero-shot classification",
+    "retrieval": "Retrieval",
+    "probe": "Linear probe",
+    "concepts": "Concept annotation",
+    "multiple_choice": "Multiple choice",
+    "hierarchy": "Hierarchical scoring",
+}
 
 Settings = dict[str, str | int | float | tuple[str, ...] | tuple[float, ...]]
 

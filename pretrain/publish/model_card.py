@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from data_prep.schema import Aspect
 from pretrain.evaluation.results import EvaluationResult
-from pretrain.publish.card_results import eval_results, knows_skin_tone, results_section
+from pretrain.publish.card_results import choice_by, eval_results, knows_skin_tone, results_section
 from pretrain.publish.licences import WeightsLicence, find_licence
 from pretrain.publish.markdown import bullets, count_table, plain, table
 from pretrain.publish.run_facts import RunFacts
@@ -69,7 +69,7 @@ def model_card(facts: CardFacts) -> str:
         "## Recipe",
         _recipe(facts),
         "## Results",
-        results_section(facts.evaluations),
+        results_section(facts.evaluations, facts.run.validation),
         "## Intended use, and what it is not for",
         _uses(),
         "## Limitations",
@@ -93,14 +93,15 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
         "library_name": "open_clip",
         "pipeline_tag": "zero-shot-image-classification",
         "license": licence.hub_id,
-        "datasets": list(facts.datasets) or [facts.run.manifest.dataset.lower()],
+        # ids of the Hub alone, which makes links of them: the data's own name is in the text
+        "datasets": list(facts.datasets) or None,
         "tags": [*TAGS, *(["transformers"] if facts.model.clip_difference is not None else [])],
     }
     if licence.hub_id == "other":
         fields |= {"license_name": licence.id.lower(), "license_link": licence.url}
     if facts.is_gated:
         fields |= {"extra_gated_prompt": _GATED_PROMPT, "extra_gated_fields": dict(_GATED_FIELDS)}
-    results = eval_results(facts.evaluations)
+    results = eval_results(facts.evaluations, facts.run.validation)
     if results:
         fields |= {"model_name": facts.repo.rpartition("/")[2], "eval_results": results}
     return ModelCardData(**fields)
@@ -165,16 +166,9 @@ def _usage(facts: CardFacts) -> str:
 
 def _training_data(facts: CardFacts) -> str:
     manifest = facts.run.manifest
-    licences = sorted(manifest.samples_by_licence.items(), key=lambda item: (-item[1], item[0]))
-    rows = []
-    for name, count in licences:
-        found = find_licence(name)
-        terms = "not known to dermvlp" if found is None else _terms(found.commercial, found.derivatives)
-        rows.append((plain(name), f"{count:,}", terms))
     aspects = {str(Aspect(aspect).value): count for aspect, count in manifest.captions_by_aspect.items()}
     parts = [
-        table(("licence", "samples", "what it allows"), rows),
-        count_table("source", manifest.samples_by_source, "samples") if manifest.samples_by_source else "",
+        *_sources(facts.run),
         count_table("captions by aspect", aspects, "captions"),
         count_table("diagnosis", manifest.samples_by_diagnosis, "samples", most=12),
         f"Rows of the sources that became no sample: {manifest.num_rejected:,}. Sub-captions by "
@@ -186,8 +180,33 @@ def _training_data(facts: CardFacts) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _terms(commercial: bool, derivatives: bool) -> str:
-    return f"{'commercial use' if commercial else 'no commercial use'}, {'' if derivatives else 'no '}derivatives"
+def _sources(run: RunFacts) -> list[str]:
+    """One table of sources and their licences; two where it is not known which source has which licence."""
+    if run.samples_by_source_and_licence is not None:
+        found = sorted(run.samples_by_source_and_licence.items(), key=lambda item: (-item[1], item[0]))
+        # of data that names no source within itself, the data's own name says most
+        unnamed = {"unknown": f"{run.manifest.dataset}, source not named"}
+        rows = [(plain(unnamed.get(s, s)), plain(name), _terms(name), f"{count:,}") for (s, name), count in found]
+        return [
+            "A sample is one image with its texts.",
+            table(("source", "licence", "what it allows", "samples"), rows),
+        ]
+    licences = sorted(run.manifest.samples_by_licence.items(), key=lambda item: (-item[1], item[0]))
+    parts = [
+        "A sample is one image with its texts. Which source has which licence is not said here: the shards, which say "
+        "it, could not be read when this card was written.",
+        table(("licence", "what it allows", "samples"), [(plain(n), _terms(n), f"{count:,}") for n, count in licences]),
+    ]
+    sources = run.manifest.samples_by_source
+    return [*parts, count_table("source", sources, "samples")] if sources else parts
+
+
+def _terms(name: str) -> str:
+    licence = find_licence(name)
+    if licence is None:
+        return "not known to dermvlp"
+    commercial = "commercial use" if licence.commercial else "no commercial use"
+    return f"{commercial}, {'derivatives' if licence.derivatives else 'no derivatives'}"
 
 
 def _recipe(facts: CardFacts) -> str:
@@ -233,10 +252,18 @@ def _limitations(facts: CardFacts) -> str:
         "Captions say what their authors wrote, and can be wrong; sub-captions were made from them automatically.",
         "Results hold for the evaluation sets named above. Other cameras, clinics and populations were not tested.",
     ]
+    if (validation := facts.run.validation) is not None:
+        unknown = "a held-out split that could not be read any more when this card was written"
+        lines.append(choice_by(validation, unknown if validation.split is None else plain(validation.split)))
+        if validation.split is None and facts.evaluations:
+            lines.append("Whether an evaluation above is of the split that the run was validated on is not known.")
     if not facts.evaluations:
         lines.append("No evaluation was published with this model: nothing is known of how well it does.")
     if not knows_skin_tone(facts.evaluations):
-        lines.append("How well it does by skin tone was not measured. Dark skin is rare in most data of this kind.")
+        lines.append(
+            "How well it does by skin tone was not measured, or on too few images. Dark skin is rare in most data of "
+            "this kind."
+        )
     return bullets(lines)
 
 

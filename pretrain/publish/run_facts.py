@@ -12,10 +12,22 @@ from typing import Any
 from data_prep.errors import InputError
 from data_prep.schema import ShardManifest
 from pretrain.config import TrainConfig
-from pretrain.data.manifest import ShardedDataset
+from pretrain.data.manifest import ShardedDataset, read_manifest
 from pretrain.publish.private import without_paths
+from pretrain.publish.training_sources import samples_by_source_and_licence
 from pretrain.train.metrics import read_metrics
-from pretrain.train.retention import read_meta
+from pretrain.train.retention import list_checkpoints, read_meta
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How the run was validated, which makes results on that split no independent test."""
+
+    every: int  # steps
+    best_by: str  # as in checkpoint.best_by
+    keeps_best: bool  # and has one
+    is_best: bool  # the published checkpoint is the one that validation chose
+    split: str | None  # DATASET-SPLIT, as an evaluation of it is named; None: it is not there any more
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,9 @@ class RunFacts:
     hours: float | None  # of training steps; None: no training log
     year: int  # of the checkpoint
     starts: tuple[str, ...]  # published weights and teachers that the run began with
+    #: of the training split; None: the manifest does not say it, and its shards could not be read
+    samples_by_source_and_licence: dict[tuple[str, str], int] | None = None
+    validation: Validation | None = None
 
 
 def read_run(checkpoint: Path, data_dir: Path | None = None) -> RunFacts:
@@ -43,9 +58,11 @@ def read_run(checkpoint: Path, data_dir: Path | None = None) -> RunFacts:
     config = TrainConfig.model_validate(meta["config"])
     towers = json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))
     records = read_metrics(checkpoint.parent.parent / "metrics.jsonl")
+    train_dir = data_dir or config.data.train_dir
+    manifest = _training_manifest(train_dir, meta["data_digest"])
     return RunFacts(
         config=TrainConfig.model_validate(without_paths(config.model_dump(mode="json"))),
-        manifest=_training_manifest(data_dir or config.data.train_dir, meta["data_digest"]),
+        manifest=manifest,
         step=int(meta["step"]),
         samples_seen=int(meta.get("samples_seen", meta["step"] * config.global_batch_size)),
         num_ranks=int(meta["num_ranks"]),
@@ -53,6 +70,8 @@ def read_run(checkpoint: Path, data_dir: Path | None = None) -> RunFacts:
         hours=training_hours([r for r in records if r["step"] <= meta["step"]], config.global_batch_size),
         year=datetime.datetime.fromtimestamp((checkpoint / "meta.json").stat().st_mtime, datetime.UTC).year,
         starts=_starts(without_paths(meta["config"]), towers["model_cfg"]["text_cfg"]),
+        samples_by_source_and_licence=samples_by_source_and_licence(train_dir, manifest),
+        validation=_validation(config, checkpoint),
     )
 
 
@@ -69,6 +88,37 @@ def _training_manifest(train_dir: Path, data_digest: str) -> ShardManifest:
             f"{train_dir}: holds other samples than the run was trained on; give the right split with --data FOLDER"
         )
     return data.manifest
+
+
+def _validation(config: TrainConfig, checkpoint: Path) -> Validation | None:
+    if config.validation is None:
+        return None
+    try:
+        manifest = read_manifest(config.validation.val_dir)
+    except (InputError, OSError):
+        split = None
+    else:
+        split = f"{manifest.dataset}-{manifest.split}"
+    best_step = _best_step(checkpoint)
+    return Validation(
+        every=config.validation.every,
+        best_by=config.checkpoint.best_by,
+        keeps_best=config.checkpoint.keep_best and best_step is not None,
+        is_best=best_step == read_meta(checkpoint)["step"],
+        split=split,
+    )
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    """By the run's newest checkpoint that is whole, for an earlier one does not know of a better later; None before
+    the first validation."""
+    for path in (*reversed(list_checkpoints(checkpoint.parent.parent)), checkpoint):
+        try:
+            step: int | None = read_meta(path)["record"].get("best_step")
+        except InputError:
+            continue
+        return step
+    return None
 
 
 def training_hours(records: Sequence[Mapping[str, Any]], global_batch_size: int) -> float | None:

@@ -56,6 +56,7 @@ def run_dir(prepared_dir: Path, tiny_model_path: Path, tmp_path_factory: pytest.
         "optimizer": {"lr": 1e-3, "warmup_steps": 1},
         "engine": {"kind": "torch"},
         "log_every": 1,
+        "validation": {"val_dir": str(prepared_dir / "val"), "every": 3},
         "trackers": [],
     }
     run = trained(config, folder)
@@ -136,9 +137,37 @@ def test_the_card_is_written_from_the_run(publish_dry: Publish) -> None:
     found = {metric["type"]: metric["value"] for metric in data["model-index"][0]["results"][0]["metrics"]}
     assert found == {"balanced_accuracy": 0.59}
     text = card.text
-    assert "96 image-text pairs of synthetic" in text and "| Apache-2.0 | 96 |" in text
+    assert "96 image-text pairs of synthetic" in text
+    assert "| synthetic | Apache-2.0 | commercial use, derivatives | 96 |" in text
     assert "0.610 [0.550, 0.660]" in text and "skin tone" in text and "Not a medical device" in text
     assert "clip x 1" in text and "lr 0.001" in text and "CPU (" in text and "hours of training" in text
+
+
+def test_the_card_says_that_validation_chose_the_checkpoint(
+    publish_dry: Publish, run_dir: Path, prepared_dir: Path, tmp_path: Path
+) -> None:
+    digest = load_encoder(run_dir).info.digest
+    paths = []
+    for name in ("synthetic-val", "HAM10000"):
+        (tmp_path / name).mkdir()
+        paths.append(write_result(tmp_path / name, evaluation(name, digest=digest)))
+    text = ModelCard.load(publish_dry(evaluations=paths).folder / "README.md").text
+    said = "**The run was validated every 3 steps on this set, and its best checkpoint, this one, chosen there by the"
+    assert text.count(said) == 1
+    assert text.index("### synthetic-val") < text.index(said) < text.index("### HAM10000")
+    assert "- The run was validated every 3 steps on synthetic-val, and its best checkpoint, this one," in text
+    # a run whose validation split is gone, and that is said to have been better at its first step
+    alone = Path(shutil.copytree(run_dir, tmp_path / "alone"))
+    meta_path = next(alone.glob("checkpoints/*/meta.json"))
+    meta = json.loads(meta_path.read_text())
+    meta["config"]["validation"]["val_dir"] = str(prepared_dir / "gone")
+    meta["record"]["best_step"] = 1
+    meta_path.write_text(json.dumps(meta))
+    made = publish(alone, "me/derm", evaluations=paths, dry_run=True)
+    text = (made.folder / "README.md").read_text()
+    assert "on this set" not in text and "on a held-out split that could not be read any more" in text
+    assert "its best checkpoint, another than this one" in text
+    assert str(prepared_dir) not in text
 
 
 def test_dry_run_says_what_would_be_sent_and_needs_no_token(

@@ -107,7 +107,7 @@ def commonest_paths(labels: Sequence[str | None], paths: Sequence[Sequence[str]]
 def _of_ontology(ontology: Ontology) -> Hierarchy:
     parents: dict[str, list[str]] = {node: [] for node in ontology.children if node != ROOT}
     for node, children in ontology.children.items():
-        for child in children if node != ROOT else ():
+        for child in dict.fromkeys(children) if node != ROOT else ():
             parents[child].append(node)
     # a node that lies below the root and below another node as well has level 1; the root is no node to share
     top = set(ontology.children[ROOT])
@@ -153,6 +153,27 @@ def hierarchy_scores(hierarchy: Hierarchy, nodes: Sequence[str]) -> HierarchySco
         for predicted, theirs in enumerate(up):
             distance_CC[true, predicted] = min(mine[node] + theirs[node] for node in mine.keys() & theirs.keys())
     return HierarchyScores(right_LCC, distance_CC)
+
+
+def levels_that_add_nothing(scores: HierarchyScores) -> tuple[int, ...]:
+    """Levels that tell no two of the classes apart that the level above does not; of level 1, no two at all.
+
+    A true class that ends above the level is not scored there, and counts for neither.
+    """
+    num_classes = len(scores.distance_CC)
+    above_CC = np.ones((num_classes, num_classes))
+    found = []
+    for level, right_CC in enumerate(scores.right_LCC, 1):
+        if not ((right_CC == 0) & (above_CC == 1)).any():
+            found.append(level)
+        above_CC = right_CC
+    return tuple(found)
+
+
+def nodes_with_several_parents(hierarchy: Hierarchy, nodes: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Of these nodes and all above them, those with more than one parent -> the parents; sorted by name."""
+    every = {above for node in nodes for above in _steps_up(hierarchy.parents, node)}
+    return {node: parents for node in sorted(every) if len(parents := hierarchy.parents.get(node, ())) > 1}
 
 
 def _steps_up(parents: Mapping[str, tuple[str, ...]], node: str) -> dict[str, int]:

@@ -27,11 +27,17 @@ from pretrain.evaluation.results import ByGroup, Metric
 
 #: In the order of the report. Attributes of other names follow, sorted.
 ATTRIBUTES = ("fitzpatrick", "sex", "age_band", "body_site", "source")
+_TITLES = {"fitzpatrick": "skin tone (Fitzpatrick type)", "age_band": "age"}
 _UNKNOWN = frozenset({"", "unknown"})
 _FITZPATRICK = ("I", "II", "III", "IV", "V", "VI")
 
 #: A group's interval is undefined when the statistic is, on more than this share of the resamples.
 _MAX_UNDEFINED = 0.05
+
+
+def attribute_title(attribute: str) -> str:
+    """As pages and cards name it."""
+    return _TITLES.get(attribute, attribute.replace("_", " "))
 
 
 def by_group(

@@ -9,9 +9,8 @@ from typing import Any
 
 from pretrain.evaluation.comparison.compare import Comparison, Difference, Entry, Ranks
 from pretrain.evaluation.reports.charts import critical_difference_figure, curves_figure, themed
-from pretrain.evaluation.reports.evaluation import TASK_TITLES
 from pretrain.evaluation.reports.page import Table, TableRow, listed, squeezed, write_page
-from pretrain.evaluation.results import Curve, Metric, TaskResult
+from pretrain.evaluation.results import TASK_TITLES, Curve, Metric, TaskResult
 
 MAX_CHARTS = 24
 _MAX_LISTED = 60  # rows of leakage

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
+from pretrain.evaluation.metrics.groups import attribute_title
 from pretrain.evaluation.reports.charts import confusion_view, curves_figure, is_shots, themed
 from pretrain.evaluation.reports.extras import ReportExtras
 from pretrain.evaluation.reports.page import Table, TableRow, shortened, write_page
 from pretrain.evaluation.results import (
     RESULT_NAME,
+    TASK_TITLES,
     ByGroup,
     Curve,
     EvaluationResult,
@@ -31,23 +33,10 @@ REPORT_NAME = "report.html"
 MAX_CHARTS = 12  # of one kind in one task
 MAX_CURVES = 6  # in one chart: as many colours, dashes and markers can be told apart
 
-TASK_TITLES = {
-    "zero_shot": "Zero-shot classification",
-    "retrieval": "Retrieval",
-    "probe": "Linear probe",
-    "concepts": "Concept annotation",
-    "multiple_choice": "Multiple choice",
-    "hierarchy": "Hierarchical scoring",
-}
 #: task -> what `per_class` holds, and what its rows are
 _PER_CLASS = {
     "concepts": ("AUROC of each concept", "Concept"),
     "multiple_choice": ("Accuracy by kind of question", "Kind"),
-}
-_ATTRIBUTES = {
-    "fitzpatrick": "skin tone (Fitzpatrick type)",
-    "age_band": "age",
-    "body_site": "body site",
 }
 CURVE_TITLES = {
     "roc": "ROC",
@@ -224,7 +213,7 @@ def _gaps_table(groups: tuple[ByGroup, ...], label: str) -> Table:
 
 
 def _group_title(given: ByGroup) -> str:
-    return f"{given.metric} by {_ATTRIBUTES.get(given.attribute, given.attribute)}"
+    return f"{given.metric} by {attribute_title(given.attribute)}"
 
 
 def _group_view(given: ByGroup) -> GroupView:

@@ -5,6 +5,7 @@ Shapes: N images that are scored, C classes that the hierarchy has, L levels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from pretrain.evaluation.methods.hierarchy import (
     commonest_paths,
     hierarchy_of_paths,
     hierarchy_scores,
+    levels_that_add_nothing,
     load_hierarchy,
     node_of_path,
+    nodes_with_several_parents,
 )
 from pretrain.evaluation.metrics.groups import by_group
 from pretrain.evaluation.metrics.statistics import bootstrap_interval
@@ -30,6 +33,8 @@ from pretrain.evaluation.tasks import zero_shot
 from pretrain.evaluation.tasks.zero_shot import Classified, classify, is_scored
 
 DISTANCE = "tree_distance"
+
+_MAX_NAMED = 5
 
 
 def lacks(data: EvalData, task: HierarchyTask | None = None) -> str | None:
@@ -70,8 +75,6 @@ def run(task: HierarchyTask, given: TaskInput) -> TaskResult:
     if classified.overlap_N is not None and classified.overlap_N.any():
         kept = ~classified.overlap_N
         without_overlap = _metrics(classified, scores, kept, given.settings) if kept.any() else undefined(metrics)
-    missing = [name for name in given.data.classnames if name not in node_of]
-    notes = [f"Classes that the hierarchy does not have, left out: {', '.join(missing)}."] if missing else []
     return TaskResult(
         task="hierarchy",
         primary=DISTANCE,
@@ -87,8 +90,38 @@ def run(task: HierarchyTask, given: TaskInput) -> TaskResult:
             "num_classes": len(classnames),
             "num_levels": scores.num_levels,
         },
-        notes=(*notes, *classified.notes),
+        notes=(
+            *_missing_notes(given.data, node_of),
+            *classified.notes,
+            *_level_notes(hierarchy, scores, [node_of[name] for name in classnames]),
+        ),
     )
+
+
+def _missing_notes(data: EvalData, node_of: Mapping[str, str]) -> list[str]:
+    """The classes that the hierarchy does not have, and what they cost."""
+    missing = [name for name in data.classnames if name not in node_of]
+    if not missing:
+        return []
+    num_images = sum(is_scored(row, missing) for row in data.rows)
+    return [f"Classes that the hierarchy does not have, left out with their {num_images} images: {', '.join(missing)}."]
+
+
+def _level_notes(hierarchy: Hierarchy, scores: HierarchyScores, nodes: Sequence[str]) -> list[str]:
+    """What makes a level worth less than its name says."""
+    notes = []
+    if levels := levels_that_add_nothing(scores):
+        named = ", ".join(f"right_at_level_{level}" for level in levels)
+        notes.append(f"Levels that tell no two of the classes apart that the level above does not: {named}.")
+    if several := nodes_with_several_parents(hierarchy, nodes):
+        shown = [f"{node} ({' and '.join(parents)})" for node, parents in list(several.items())[:_MAX_NAMED]]
+        more = f"; {len(several) - len(shown)} more" if len(several) > len(shown) else ""
+        notes.append(
+            f"Nodes with several parents: {'; '.join(shown)}{more}. All parents count: a prediction is right at a "
+            "level where it has the very ancestors that the label has there, so two classes below such a node agree in "
+            "its parents, whichever of them is meant."
+        )
+    return notes
 
 
 def _nodes_of_classes(ontology: Path | None, data: EvalData) -> tuple[Hierarchy, dict[str, str]]:

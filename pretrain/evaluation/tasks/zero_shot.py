@@ -118,7 +118,7 @@ def classify(given: TaskInput, template_list: str | None, classnames: tuple[str,
     code_of = {name: code for code, name in enumerate(classnames)}
     label_N = np.array([code_of[str(row.label)] for row in scored])
     overlap_N = None if given.overlap_N is None else given.overlap_N[position_N]
-    notes = _notes(rows, label_N, classnames)
+    notes = _notes(rows, label_N, classnames, given.data.classnames)
     if overlap_N is not None and overlap_N.all():
         notes = (*notes, "The training data holds every image scored here: nothing is left without the overlap.")
     return Classified(
@@ -139,12 +139,14 @@ def is_scored(row: Row, classnames: Sequence[str]) -> bool:
     return not row.is_train and row.label in classnames
 
 
-def _notes(rows: Sequence[Row], label_N: NDArray[np.int64], classnames: Sequence[str]) -> tuple[str, ...]:
-    """What was left out, and why."""
+def _notes(
+    rows: Sequence[Row], label_N: NDArray[np.int64], classnames: Sequence[str], of_the_data: Sequence[str]
+) -> tuple[str, ...]:
+    """What was left out, and why. Images of the data's other classes are for the caller to name, who chose."""
     notes = []
     if num_train := sum(row.is_train for row in rows):
         notes.append(f"{num_train} images of the data set's own training part are not scored.")
-    if num_other := sum(not row.is_train for row in rows) - len(label_N):
+    if num_other := sum(not row.is_train and row.label not in of_the_data for row in rows):
         notes.append(f"{num_other} images without a label, or with one that is no class here, are not scored.")
     num_rows = np.bincount(label_N, minlength=len(classnames))
     if empty := [name for name, count in zip(classnames, num_rows, strict=True) if not count]:

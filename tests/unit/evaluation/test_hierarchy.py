@@ -21,7 +21,9 @@ from pretrain.evaluation.methods.hierarchy import (
     commonest_paths,
     hierarchy_of_paths,
     hierarchy_scores,
+    levels_that_add_nothing,
     load_hierarchy,
+    nodes_with_several_parents,
 )
 from pretrain.evaluation.tasks import hierarchy as task
 from pretrain.evaluation.tasks import zero_shot
@@ -108,6 +110,26 @@ def test_graph_with_two_parents(graph: Hierarchy) -> None:
     assert np.isnan(scores.right_LCC[3, 2]).all() and scores.right_LCC[2, 2].tolist() == [0, 0, 1, 0, 0]
 
 
+def test_levels_that_tell_no_more_classes_apart(graph: Hierarchy) -> None:
+    def found(*nodes: str) -> tuple[int, ...]:
+        return levels_that_add_nothing(hierarchy_scores(graph, nodes))
+
+    # level 2 of both is benign and malignant, level 3 the node below these; the root is no level
+    assert found("melanoma", "nevus", "eczema") == (2, 3)
+    assert found("melanoma", "nevus") == (1, 2, 3)
+    # a keratosis is told from a carcinoma at level 2; both end before level 4, where melanoma is told from nevus
+    assert found("melanoma", "nevus", "carcinoma", "keratosis", "eczema") == (3,)
+    # level 3 is scored for the carcinoma alone, and it was told apart before
+    assert found("carcinoma", "eczema") == (2, 3)
+
+
+def test_nodes_with_several_parents_are_found_above_the_classes(graph: Hierarchy, tree: Hierarchy) -> None:
+    assert nodes_with_several_parents(graph, ["melanoma", "eczema"]) == {"melanocytic": ("benign", "malignant")}
+    assert nodes_with_several_parents(graph, ["melanocytic"]) == {"melanocytic": ("benign", "malignant")}
+    assert nodes_with_several_parents(graph, ["carcinoma", "eczema"]) == {}
+    assert nodes_with_several_parents(tree, tree.parents) == {}
+
+
 def test_tree_of_nested_groups(tree: Hierarchy) -> None:
     names = ["keloid", "milia", "nevus", "malignant melanoma", "lentigo maligna", "psoriasis"]
     nodes = [str(tree.find(name)) for name in names]
@@ -192,7 +214,16 @@ def test_task_scores_the_zero_shot_prediction(tmp_path: Path) -> None:
     rows = make_rows(90, classnames)
     config = HierarchyTask(ontology=tmp_path / "graph.json")
     result = task.run(config, make_input(tmp_path / "all", rows, classnames))
-    assert "scabies" in result.notes[0] and result.settings["num_classes"] == 4
+    num_missing = sum(row.label == "scabies" for row in rows)
+    assert result.notes == (
+        f"Classes that the hierarchy does not have, left out with their {num_missing} images: scabies.",
+        # a carcinoma is malignant, the others at level 3 are both: told apart at level 2 already
+        "Levels that tell no two of the classes apart that the level above does not: right_at_level_3.",
+        "Nodes with several parents: melanocytic (benign and malignant). All parents count: a prediction is right at a "
+        "level where it has the very ancestors that the label has there, so two classes below such a node agree in its "
+        "parents, whichever of them is meant.",
+    )
+    assert result.settings["num_classes"] == 4
     zero_shot.run(ZeroShotTask(), make_input(tmp_path / "known", rows, known))
     expected = [
         (row["label"], row["predicted"]) for row in read_table(tmp_path / "known" / "zero_shot_probabilities.csv")
@@ -214,6 +245,41 @@ def test_task_scores_the_zero_shot_prediction(tmp_path: Path) -> None:
     assert result.metrics["right_at_level_3"].value == pytest.approx(np.mean(level_3))
     assert result.metrics["right_at_level_3"].n == len(level_3) == sum(row["right_at_level_3"] != "" for row in table)
     assert result.primary == "tree_distance" and result.by_group[0].worst is not None
+
+
+def test_task_names_what_its_numbers_leave_out(tmp_path: Path) -> None:
+    known = ("melanoma", "nevus", *(f"class {number}" for number in range(2, 7)))
+    kinds = {f"kind {number}": [name] for number, name in enumerate(known)}
+    ontology = {"root": ["tumour"], "tumour": ["benign", "malignant"], "benign": [*kinds], "malignant": [*kinds]}
+    (tmp_path / "graph.json").write_text(json.dumps(ontology | kinds | {name: [] for name in known}))
+    labels = ["nevus", "melanoma", "class 2", "scabies", "lupus", None, "no class at all"]
+    rows = [replace(row, label=labels[i % 7], is_train=i >= 63) for i, row in enumerate(make_rows(70))]
+    config = HierarchyTask(ontology=tmp_path / "graph.json")
+    missing, train, others, empty, levels, several = task.run(
+        config, make_input(tmp_path, rows, (*known, "scabies", "lupus"))
+    ).notes
+    # 9 of each label outside the training part
+    assert missing == "Classes that the hierarchy does not have, left out with their 18 images: scabies, lupus."
+    assert train.startswith("7 images of the data set's own training part")
+    assert others == "18 images without a label, or with one that is no class here, are not scored."
+    assert empty == "Classes that can be predicted, but have no image: class 3, class 4, class 5, class 6."
+    assert levels == (
+        "Levels that tell no two of the classes apart that the level above does not: right_at_level_1, "
+        "right_at_level_2, right_at_level_4."
+    )
+    assert "kind 4 (benign and malignant); 2 more. All parents count" in several and "kind 5" not in several
+
+
+@needs_data
+def test_melanoma_and_nevus_agree_in_derm1m_to_level_3(tmp_path: Path) -> None:
+    rows = make_rows(30, CLASSNAMES)
+    config = HierarchyTask(ontology=DATA / "derm1m-sample" / "ontology.json")
+    notes = task.run(config, make_input(tmp_path, rows, CLASSNAMES)).notes
+    assert any("melanocytic (benign and malignant)" in note for note in notes)
+    hierarchy = load_hierarchy(DATA / "derm1m-sample" / "ontology.json")
+    nodes = [str(hierarchy.find(name)) for name in ("melanoma", "nevus", "actinic keratosis")]
+    scores = hierarchy_scores(hierarchy, nodes)
+    assert scores.right_LCC[:, 0, 1].tolist() == [1, 1, 1, 0] and levels_that_add_nothing(scores) == (2, 3)
 
 
 def test_task_takes_the_paths_of_the_rows(tmp_path: Path) -> None:

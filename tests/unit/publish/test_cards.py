@@ -13,7 +13,7 @@ from pretrain.publish.card_results import eval_results, knows_skin_tone, results
 from pretrain.publish.licences import weights_licence
 from pretrain.publish.markdown import count_table, plain
 from pretrain.publish.model_card import CardFacts, ModelFacts, model_card
-from pretrain.publish.run_facts import RunFacts, training_hours
+from pretrain.publish.run_facts import RunFacts, Validation, training_hours
 from tests.unit.publish.results import evaluation
 
 MODEL = ModelFacts(
@@ -63,6 +63,7 @@ def facts(**changes: object) -> CardFacts:
         hours=3.14159,
         year=2026,
         starts=("ViT-B-16, weights openai",),
+        samples_by_source_and_licence={("PAD | UFES", "CC BY 4.0"): 909, ("HAM10000", "CC-BY-NC-4.0"): 2961},
     )
     base = CardFacts(
         repo="org/derm-clip",
@@ -75,13 +76,14 @@ def facts(**changes: object) -> CardFacts:
 
 def test_data_recipe_hardware_and_licence_stand_in_the_card() -> None:
     card = ModelCard(model_card(facts()))
-    assert card.data.license == "cc-by-nc-4.0" and card.data.datasets == ["derm_images"]
+    assert card.data.license == "cc-by-nc-4.0" and "datasets" not in card.data.to_dict()
+    assert r"pairs of derm\_images with dermvlp" in card.text
+    assert ModelCard(model_card(facts(datasets=("org/data",)))).data.datasets == ["org/data"]
     for text in (
         "149.6 M parameters",
         "3,870 image-text pairs",
-        "| CC-BY-NC-4.0 | 2,961 | no commercial use, derivatives |",
-        "| CC BY 4.0 | 909 | commercial use, derivatives |",
-        r"| PAD \| UFES | 909 |",
+        "| HAM10000 | CC-BY-NC-4.0 | no commercial use, derivatives | 2,961 |",
+        r"| PAD \| UFES | CC BY 4.0 | commercial use, derivatives | 909 |",
         "Rows of the sources that became no sample: 12.",
         "- ViT-B-16, weights openai",
         r"clip x 1, local\_alignment x 0.7",
@@ -107,14 +109,23 @@ def test_what_a_run_did_not_record_is_said() -> None:
     assert "training_metrics.jsonl" not in text and "published weights" not in text
 
 
+def test_sources_and_licences_stand_apart_where_the_shards_are_gone() -> None:
+    base = facts()
+    text = model_card(replace(base, run=replace(base.run, samples_by_source_and_licence=None)))
+    assert "Which source has which licence is not said here" in text
+    assert "| CC-BY-NC-4.0 | no commercial use, derivatives | 2,961 |" in text and r"| PAD \| UFES | 909 |" in text
+    assert "Which source" not in model_card(base)
+
+
 def test_results_stand_with_intervals_skin_tone_first() -> None:
     text = results_section([evaluation("HAM10000")])
     assert "| balanced\\_accuracy | 0.610 [0.550, 0.660] | 200 | 0.143 | 0.590 [0.520, 0.650] |" in text
     assert "| top\\_3 | undefined | 0 |" in text
     assert "Of the 200 tested on 5 are in the training data too (3 with the same pixels, 2 near copies)." in text
-    assert "| II | 0.660 [0.580, 0.720] | 120 |" in text and "| V | undefined | 2 |" in text
+    assert "| II | 0.660 [0.580, 0.720] | 120 |" in text and "| V |" not in text
+    assert "Left out here: 1 group(s) of fewer than 20 rows; `evaluations/*.json` has them." in text
     assert "worst: III; gap 0.090 [-0.040, 0.220]; 38 rows without a value." in text
-    assert text.index("skin tone (Fitzpatrick)") < text.index("by sex")
+    assert text.index("skin tone (Fitzpatrick type)") < text.index("by sex")
     assert r"One class has \| four images." in text
     assert "not compared with the training data" in results_section([evaluation("HAM10000", leakage=None)])
     assert results_section([]) == "None was given."
@@ -139,11 +150,56 @@ def test_model_index_holds_defined_metrics_with_their_intervals() -> None:
     assert "by skin tone was not measured" not in card.text
 
 
+def test_results_on_the_split_that_chose_the_checkpoint_are_no_independent_test() -> None:
+    validation = Validation(every=500, best_by="retrieval", keeps_best=True, is_best=True, split="derm_images-val")
+    evaluations = (evaluation("derm_images-val"), evaluation("HAM10000"))
+    base = facts(evaluations=evaluations)
+
+    def card(**changes: object) -> str:
+        return model_card(replace(base, run=replace(base.run, validation=replace(validation, **changes))))  # type: ignore[arg-type]
+
+    chosen = "and its best checkpoint, this one, chosen there by the highest mean recall of retrieval: results on it"
+    of_results = f"**The run was validated every 500 steps on this set, {chosen} are no independent test.**"
+    of_limits = f"- The run was validated every 500 steps on derm\\_images-val, {chosen} are no independent test."
+    text = card()
+    assert text.count(of_results) == 1 and text.index(of_results) < text.index("### HAM10000")
+    assert of_limits in text
+    arguments = {r.dataset_name: r.metric_args for r in ModelCard(text).data.eval_results or []}
+    assert arguments["derm_images-val"]["run_was_validated_on_it"]
+    assert "run_was_validated_on_it" not in arguments["HAM10000"]
+    gone = card(split=None)
+    assert "on this set" not in gone and "steps on a held-out split that could not be read any more" in gone
+    assert "Whether an evaluation above is of the split" in gone and "Whether an evaluation above" not in text
+    assert "its best checkpoint, another than this one, chosen there by the lowest loss" in card(
+        is_best=False, best_by="loss"
+    )
+    assert "every 500 steps on this set: results on it" in card(keeps_best=False)
+    assert "independent test" not in model_card(base)
+
+
 def test_skin_tone_is_known_only_where_it_was_measured() -> None:
     result = evaluation("HAM10000")
     assert knows_skin_tone([result])
-    without = result.tasks[0].model_copy(update={"by_group": result.tasks[0].by_group[:1]})
-    assert not knows_skin_tone([result.model_copy(update={"tasks": (without,)})])
+    by_sex, by_tone = result.tasks[0].by_group
+    rare = by_tone.model_copy(update={"min_group_size": 50})  # one group is as large
+    for by_group in ((by_sex,), (by_sex, rare)):
+        without = result.tasks[0].model_copy(update={"by_group": by_group})
+        assert not knows_skin_tone([result.model_copy(update={"tasks": (without,)})])
+
+
+def test_small_groups_are_counted_and_not_shown() -> None:
+    result = evaluation("HAM10000")
+    by_tone = result.tasks[0].by_group[1]
+
+    def section(min_group_size: int | None) -> str:
+        by_group = (by_tone.model_copy(update={"min_group_size": min_group_size}),)
+        return results_section(
+            [result.model_copy(update={"tasks": (result.tasks[0].model_copy(update={"by_group": by_group}),)})]
+        )
+
+    assert "| III |" in section(40) and "| III |" not in section(41) and "2 group(s) of fewer than 41" in section(41)
+    assert "| skin tone" not in section(1000) and "3 group(s) of fewer than 1,000 rows" in section(1000)
+    assert "| V | undefined | 2 |" in section(None) and "Left out" not in section(None)
 
 
 def test_gated_access_and_a_licence_that_the_hub_does_not_list() -> None:
