@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_prep.errors import InputError
 from data_prep.files import disk_errors, lock
 from pretrain.evaluation.config import EvaluationConfig, ProbeTask, TaskConfig
@@ -22,6 +25,7 @@ from pretrain.evaluation.reports.extras import report_extras
 from pretrain.evaluation.results import (
     RESULT_NAME,
     TABLES,
+    TRAINED_ON_NAME,
     DatasetInfo,
     EvaluationResult,
     Leakage,
@@ -30,6 +34,7 @@ from pretrain.evaluation.results import (
     read_result,
     write_result,
 )
+from pretrain.evaluation.tables import write_table
 from pretrain.evaluation.tasks import concepts, hierarchy, multiple_choice, probe, retrieval, zero_shot
 
 _MODULES: dict[str, ModuleType] = {
@@ -105,6 +110,7 @@ def evaluate(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=_versions(),
         )
+        _write_trained_on(out_dir / TRAINED_ON_NAME, data, overlap_N)
         write_result(out_dir, result)
         write_evaluation_report(out_dir, report_extras(given, num_pictures) if num_pictures else None)
     return result
@@ -143,9 +149,19 @@ def _result_before(encoder: Encoder, data: EvalSet, out_dir: Path, config: Evalu
         return found
     if found is not None:
         print(f"{out_dir}: replaces the numbers of {found.model.name} ({found.model.digest}) that were here")
-    for name in (RESULT_NAME, *TABLES.values()):
+    for name in (RESULT_NAME, TRAINED_ON_NAME, *TABLES.values()):
         (out_dir / name).unlink(missing_ok=True)
     return None
+
+
+def _write_trained_on(path: Path, data: EvalSet, overlap_N: NDArray[np.bool_] | None) -> None:
+    """The rows that `Leakage` counts, also where there are none; no file where nothing was compared: a comparison of
+    models must not take an earlier one's rows for this one's."""
+    if overlap_N is None:
+        path.unlink(missing_ok=True)
+        return
+    rows = (data.rows[position] for position in np.flatnonzero(overlap_N).tolist())
+    write_table(path, ("key",), ([row.key] for row in rows if not row.is_train))
 
 
 def _versions() -> dict[str, str]:
