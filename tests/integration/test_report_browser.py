@@ -11,7 +11,7 @@ import pytest
 from pretrain.evaluation.reports.comparison import write_comparison
 from pretrain.evaluation.reports.evaluation import write_evaluation_report
 from pretrain.evaluation.reports.run import write_report
-from pretrain.evaluation.results import write_result
+from pretrain.evaluation.results import EvaluationResult, write_result
 from tests.integration.browser import Browser, find_chromium
 from tests.unit.evaluation.pages import ATTACK, comparison, evaluation_result, extras
 from tests.unit.evaluation.test_report import full_report
@@ -101,17 +101,28 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield started
 
 
+def of_many_images(result: EvaluationResult) -> EvaluationResult:
+    """Counts of seven digits, and of four in the confusion matrix: the widest that a phone has to show."""
+    text = result.model_dump_json().replace('"n":457', '"n":1234567').replace('"n":440', '"n":1203441')
+    of = EvaluationResult.model_validate_json(text)
+    first, *others = of.tasks
+    assert first.confusion is not None
+    counts = tuple(tuple(100 * count for count in row) for row in first.confusion.counts)
+    first = first.model_copy(update={"confusion": first.confusion.model_copy(update={"counts": counts})})
+    return of.model_copy(update={"tasks": (first, *others)})
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each page, of harmless names, of hostile ones, and of words that no line breaks."""
     directory = tmp_path_factory.mktemp("pages")
     made = {}
     for kind, name in (("plain", "nevus"), ("hostile", ATTACK), ("long", LONG_WORD)):
-        sizes = {"evaluation": 6} if kind == "long" else {"evaluation": 6, "wide matrix": 16, "many classes": 40}
+        sizes = {"evaluation": 8} if kind == "long" else {"evaluation": 8, "wide matrix": 16, "many classes": 40}
         for page, num_classes in sizes.items():
             folder = directory / f"{kind} {page}"
             folder.mkdir()
-            write_result(folder, evaluation_result(name, num_classes))
+            write_result(folder, of_many_images(evaluation_result(name, num_classes)))
             made[f"{kind} {page}"] = write_evaluation_report(folder, extras(name))
         made[f"{kind} comparison"] = write_comparison(directory / f"{kind} comparison.html", comparison(name))
         made[f"{kind} run"] = directory / f"{kind} run.html"

@@ -203,10 +203,9 @@ def _leakage(comparison: Comparison) -> list[str]:
 
 
 def _shown_without(entry: Entry) -> str:
-    has_one, has_none = [], []
-    for task in entry.result.tasks:
-        (has_one if task.primary in task.without_overlap else has_none).append(TASK_TITLES[task.task])
-    if not has_one:
+    tasks = entry.result.tasks
+    has_none = [TASK_TITLES[task.task] for task in tasks if task.primary not in task.without_overlap]
+    if len(has_none) == len(tasks):
         return "the values here include them"
     rest = f"; of {listed(has_none)} there is none" if has_none else ""
     return f"the value without them stands below the one with them{rest}"
