@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.side_by_side import by_turns
 from pretrain.config import ModelConfig
 from pretrain.evaluation.encoding.encoders import OpenClipEncoder, as_encoder
-from pretrain.evaluation.encoding.export_table import TableInfo, write_table
+from pretrain.evaluation.encoding.export_table import TableInfo, write_features
 from pretrain.evaluation.encoding.feature_chunks import chunk_paths, read_rows, shape_of, write_chunk
 from pretrain.evaluation.encoding.features import DecodedBatch, encode_chunks
 from pretrain.evaluation.interfaces import JOINT
@@ -85,7 +85,7 @@ def embed_s(encoder: OpenClipEncoder, batches: Sequence[Tensor], folder: Path) -
         num_rejected=0,
         width=width,
     )
-    write_table(folder / "features.parquet", paths, keys, info)
+    write_features(folder / "features.parquet", paths, keys, info)
     return time.perf_counter() - began_at
 
 

@@ -9,19 +9,23 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_prep.errors import InputError
 from data_prep.files import disk_errors, lock
 from pretrain.evaluation.config import EvaluationConfig, ProbeTask, TaskConfig
 from pretrain.evaluation.datasets import EvalSet
 from pretrain.evaluation.datasets.data import write_rejected
 from pretrain.evaluation.encoding.features import image_features
-from pretrain.evaluation.interfaces import JOINT, Encoder, TaskInput
+from pretrain.evaluation.interfaces import JOINT, Encoder, EvalData, TaskInput
 from pretrain.evaluation.leakage import overlap
 from pretrain.evaluation.reports.evaluation import write_evaluation_report
 from pretrain.evaluation.reports.extras import report_extras
 from pretrain.evaluation.results import (
     RESULT_NAME,
     TABLES,
+    TRAINED_ON_NAME,
     DatasetInfo,
     EvaluationResult,
     Leakage,
@@ -30,6 +34,7 @@ from pretrain.evaluation.results import (
     read_result,
     write_result,
 )
+from pretrain.evaluation.tables import write_table
 from pretrain.evaluation.tasks import concepts, hierarchy, multiple_choice, probe, retrieval, zero_shot
 
 _MODULES: dict[str, ModuleType] = {
@@ -68,26 +73,8 @@ def evaluate(
     started = time.monotonic()
     with lock(out_dir / ".lock", "another evaluation"), disk_errors(out_dir):
         before = _result_before(encoder, data, out_dir, config)
-        write_rejected(out_dir / "rejected.jsonl", data.rejected)
-        layers = _layers(config, _left_out(data, config), with_pictures=num_pictures > 0)
-        encoded = image_features(encoder, data, layers, out_dir / "features", config.settings)
-        overlap_N, leakage = None, None
-        if training_dirs:
-            cache_dir, num_workers = out_dir / "features", config.settings.num_workers
-            overlap_N, leakage = overlap(
-                data, training_dirs, cache_dir, num_workers=num_workers, left_out=encoded.rejected
-            )
-        data = data.without(encoded.rejected)
-        write_rejected(out_dir / "rejected.jsonl", data.rejected)
-        left_out = _left_out(data, config)
-        given = TaskInput(
-            encoder=encoder,
-            data=data,
-            features=encoded.by_layer.__getitem__,
-            overlap_N=overlap_N,
-            settings=config.settings,
-            out_dir=out_dir,
-        )
+        given, leakage = _task_input(encoder, data, out_dir, config, training_dirs, with_pictures=num_pictures > 0)
+        left_out = _left_out(given.data, config)
         tasks, failed = _run([task for task in config.tasks if task.kind not in left_out], given)
         if not tasks:
             raise InputError("; ".join(f"{kind}: {reason}" for kind, reason in (left_out | failed).items()))
@@ -95,7 +82,7 @@ def evaluate(
         earlier = before.tasks if before else ()
         result = EvaluationResult(
             model=encoder.info,
-            dataset=_dataset_info(data),
+            dataset=_dataset_info(given.data),
             tasks=tuple(sorted([*tasks, *earlier], key=lambda task: list(_MODULES).index(task.task))),
             left_out=(before.left_out if before else {}) | left_out,
             failed=(before.failed if before else {}) | failed,
@@ -105,9 +92,40 @@ def evaluate(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=_versions(),
         )
+        _write_trained_on(out_dir / TRAINED_ON_NAME, given.data, given.overlap_N)
         write_result(out_dir, result)
         write_evaluation_report(out_dir, report_extras(given, num_pictures) if num_pictures else None)
     return result
+
+
+def _task_input(
+    encoder: Encoder,
+    data: EvalSet,
+    out_dir: Path,
+    config: EvaluationConfig,
+    training_dirs: Sequence[Path],
+    with_pictures: bool,
+) -> tuple[TaskInput, Leakage | None]:
+    """Features of the images that can be decoded, and which of these the training data holds; rejected.jsonl."""
+    write_rejected(out_dir / "rejected.jsonl", data.rejected)
+    cache_dir = out_dir / "features"
+    layers = _layers(config, _left_out(data, config), with_pictures)
+    encoded = image_features(encoder, data, layers, cache_dir, config.settings)
+    overlap_N, leakage = None, None
+    if training_dirs:
+        num_workers = config.settings.num_workers
+        overlap_N, leakage = overlap(data, training_dirs, cache_dir, num_workers=num_workers, left_out=encoded.rejected)
+    data = data.without(encoded.rejected)
+    write_rejected(out_dir / "rejected.jsonl", data.rejected)
+    given = TaskInput(
+        encoder=encoder,
+        data=data,
+        features=encoded.by_layer.__getitem__,
+        overlap_N=overlap_N,
+        settings=config.settings,
+        out_dir=out_dir,
+    )
+    return given, leakage
 
 
 def _run(tasks: Sequence[TaskConfig], given: TaskInput) -> tuple[list[TaskResult], dict[str, str]]:
@@ -143,9 +161,19 @@ def _result_before(encoder: Encoder, data: EvalSet, out_dir: Path, config: Evalu
         return found
     if found is not None:
         print(f"{out_dir}: replaces the numbers of {found.model.name} ({found.model.digest}) that were here")
-    for name in (RESULT_NAME, *TABLES.values()):
+    for name in (RESULT_NAME, TRAINED_ON_NAME, *TABLES.values()):
         (out_dir / name).unlink(missing_ok=True)
     return None
+
+
+def _write_trained_on(path: Path, data: EvalData, overlap_N: NDArray[np.bool_] | None) -> None:
+    """The rows that `Leakage` counts, also where there are none; no file where nothing was compared: a comparison of
+    models must not take an earlier one's rows for this one's."""
+    if overlap_N is None:
+        path.unlink(missing_ok=True)
+        return
+    rows = (data.rows[position] for position in np.flatnonzero(overlap_N).tolist())
+    write_table(path, ("key",), ([row.key] for row in rows if not row.is_train))
 
 
 def _versions() -> dict[str, str]:
@@ -175,7 +203,7 @@ def _layers(config: EvaluationConfig, left_out: Mapping[str, str], with_pictures
     return tuple(dict.fromkeys([JOINT, *of_tasks] if with_pictures else of_tasks))
 
 
-def _left_out(data: EvalSet, config: EvaluationConfig) -> dict[str, str]:
+def _left_out(data: EvalData, config: EvaluationConfig) -> dict[str, str]:
     """By task, why the data set has nothing for it."""
     reasons = {
         task.kind: hierarchy.lacks(data, task) if task.kind == "hierarchy" else _MODULES[task.kind].lacks(data)
@@ -186,7 +214,7 @@ def _left_out(data: EvalSet, config: EvaluationConfig) -> dict[str, str]:
     return {kind: reason for kind, reason in reasons.items() if reason is not None}
 
 
-def _dataset_info(data: EvalSet) -> DatasetInfo:
+def _dataset_info(data: EvalData) -> DatasetInfo:
     licences: dict[str, int] = {}
     for row in data.rows:
         licence = row.licence or "unknown"

@@ -5,6 +5,7 @@ An evaluation is one model on one data set. Its folder:
     evaluation.json    an `EvaluationResult`
     report.html
     TABLES             a CSV for each task
+    trained_on.csv     keys of the rows tested on whose image the training data holds, where it was compared
     rejected.jsonl     what could not be used, each with its reason
     features/          of the images, reused when the command is run again
 
@@ -27,6 +28,7 @@ from data_prep.schema import Frozen
 from pretrain.evaluation.metrics.statistics import Estimate
 
 RESULT_NAME = "evaluation.json"
+TRAINED_ON_NAME = "trained_on.csv"
 #: by task, with a row an image or query
 TABLES = {
     "zero_shot": "zero_shot_probabilities.csv",  # key, patient, label, predicted, then a column a class

@@ -20,11 +20,13 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
     write_atomically(path, text.getvalue().encode())
 
 
-def read_table(path: Path, first_columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def read_table(
+    path: Path, first_columns: Sequence[str], *, may_be_empty: bool = False
+) -> tuple[list[str], list[list[str]]]:
     """Header and rows. Cells go by position, since a class may have the name of another column.
 
-    Raises InputError for a missing file, one that is no CSV, a header that does not begin with `first_columns`, no row,
-    or a row of another length.
+    Raises InputError for a missing file, one that is no CSV, a header that does not begin with `first_columns`, no row
+    (unless it `may_be_empty`), or a row of another length.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -33,7 +35,7 @@ def read_table(path: Path, first_columns: Sequence[str]) -> tuple[list[str], lis
         raise InputError(f"{path}: no such table; `dermvlp evaluate` writes it beside evaluation.json") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV table ({error}); evaluate again") from None
-    if len(lines) < 2:
+    if len(lines) < (1 if may_be_empty else 2):
         raise InputError(f"{path}: no rows; evaluate again")
     header, *rows = lines
     if header[: len(first_columns)] != list(first_columns):

@@ -111,6 +111,7 @@ def test_a_failure_is_kept_beside_later_tasks(model: Path, description: Path, tm
 def test_another_models_numbers_and_tables_do_not_stay(model: Path, description: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "out", save_model(tmp_path / "other", MODELS["custom_text"])
     assert evaluate(model, description, out, "--tasks", "retrieval") == 0
+    (out / "trained_on.csv").write_text("key\n")
     assert evaluate(other, description, out, "--tasks", "zero_shot") == 0
     assert [task.task for task in read_result(out).tasks] == ["zero_shot"]
     assert {path.name for path in out.glob("*.csv")} == {"zero_shot_probabilities.csv"}
@@ -133,6 +134,7 @@ def test_the_overlap_is_of_the_rows_that_are_left(model: Path, description: Path
         assert evaluate(model, description, out, *train) == 0
         result = read_result(out)
         assert result.leakage is not None and result.leakage.num_same_pixels == 2
+        assert (out / "trained_on.csv").read_text().split() == ["key", "dots-000000001", "dots-000000009"]
         accuracy = result.tasks[0].without_overlap["accuracy"]
         assert accuracy.n == result.dataset.num_images - 2
         with (out / "zero_shot_probabilities.csv").open(newline="") as file:
@@ -169,11 +171,15 @@ def test_further_tasks_join_those_before_and_encode_nothing_again(
     assert [task.task for task in read_result(out).tasks] == ["zero_shot", "retrieval"]
     assert features.stat().st_mtime_ns == written
     capsys.readouterr()
+    assert not (out / "trained_on.csv").exists()
     # what was compared with no training data does not stand beside what was
     train = str(prepared_dir / "train")
     assert evaluate(model, description, out, "--tasks", "retrieval", "--training-data", train) == 0
     assert [task.task for task in read_result(out).tasks] == ["retrieval"]
     assert "zero_shot: compared with other training data before, or with none" in capsys.readouterr().out
+    assert (out / "trained_on.csv").read_text().split() == ["key"]  # none of the images
+    assert evaluate(model, description, out, "--tasks", "retrieval") == 0
+    assert not (out / "trained_on.csv").exists()
     shutil.copy(tmp_path / "images" / "0.jpg", tmp_path / "images" / "9.jpg")
     assert evaluate(model, description, out) == 2
     assert "on another data set" in capsys.readouterr().err

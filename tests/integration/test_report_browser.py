@@ -11,7 +11,7 @@ import pytest
 from pretrain.evaluation.reports.comparison import write_comparison
 from pretrain.evaluation.reports.evaluation import write_evaluation_report
 from pretrain.evaluation.reports.run import write_report
-from pretrain.evaluation.results import write_result
+from pretrain.evaluation.results import EvaluationResult, write_result
 from tests.integration.browser import Browser, find_chromium
 from tests.unit.evaluation.pages import ATTACK, comparison, evaluation_result, extras
 from tests.unit.evaluation.test_report import full_report
@@ -32,11 +32,11 @@ LOW_CONTRAST = """
     .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const behind = element => {
-    for (; element; element = element.parentElement) {
-      const colour = channels(getComputedStyle(element).backgroundColor);
-      if (colour[3] > 0) return colour;
-    }
-    return [1, 1, 1, 1];
+    if (!element) return [1, 1, 1, 1];
+    const colour = channels(getComputedStyle(element).backgroundColor);
+    if (colour[3] === 1) return colour;
+    const below = behind(element.parentElement);
+    return below.map((v, i) => i < 3 ? colour[3] * colour[i] + (1 - colour[3]) * v : 1);
   };
   const low = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -58,6 +58,39 @@ TOO_WIDE = """
   .map(e => e.tagName + '.' + e.className)
 """
 
+#: What a phone does not show whole, all details open: a box whose table is wider (a confusion matrix of many classes
+#: may be), a cell whose content leaves it, a number on two lines.
+CUT = """
+(() => {
+  document.querySelectorAll('details').forEach(d => { d.open = true; });
+  const cut = [];
+  for (const box of document.querySelectorAll('.scroll:has(table:not(.many))')) {
+    const name = box.getAttribute('aria-label').slice(0, 40);
+    if (box.scrollWidth > box.clientWidth) cut.push([name, 'scrolls', box.scrollWidth]);
+    const right = box.getBoundingClientRect().right + 0.5;
+    for (const cell of box.querySelectorAll('th, td')) {
+      const inside = document.createRange();
+      inside.selectNodeContents(cell);
+      const [own, edge] = [inside.getBoundingClientRect().right, cell.getBoundingClientRect().right + 0.5];
+      const hidden = cell.closest('thead') && getComputedStyle(cell.closest('thead')).position === 'absolute';
+      if (!hidden && own > Math.min(edge, right)) cut.push([name, 'leaves its cell', cell.textContent.slice(0, 40)]);
+    }
+    const walker = document.createTreeWalker(box, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+      if (!walker.currentNode.parentElement.closest('td')) continue;
+      for (const number of walker.currentNode.data.matchAll(/(^|\\s)[-+]?[\\d,.]*\\d(?=\\s|$)/g)) {
+        const range = document.createRange();
+        range.setStart(walker.currentNode, number.index + number[1].length);
+        range.setEnd(walker.currentNode, number.index + number[0].length);
+        const tops = [...range.getClientRects()].map(r => r.top);
+        if (new Set(tops).size > 1) cut.push([name, 'broken', number[0]]);
+      }
+    }
+  }
+  return cut;
+})()
+"""
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
@@ -68,16 +101,28 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield started
 
 
+def of_many_images(result: EvaluationResult) -> EvaluationResult:
+    """Counts of seven digits, and of four in the confusion matrix: the widest that a phone has to show."""
+    text = result.model_dump_json().replace('"n":457', '"n":1234567').replace('"n":440', '"n":1203441')
+    of = EvaluationResult.model_validate_json(text)
+    first, *others = of.tasks
+    assert first.confusion is not None
+    counts = tuple(tuple(100 * count for count in row) for row in first.confusion.counts)
+    first = first.model_copy(update={"confusion": first.confusion.model_copy(update={"counts": counts})})
+    return of.model_copy(update={"tasks": (first, *others)})
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each page, of harmless names, of hostile ones, and of words that no line breaks."""
     directory = tmp_path_factory.mktemp("pages")
     made = {}
     for kind, name in (("plain", "nevus"), ("hostile", ATTACK), ("long", LONG_WORD)):
-        for page, num_classes in (("evaluation", 6), *([("many classes", 40)] if kind != "long" else [])):
+        sizes = {"evaluation": 8} if kind == "long" else {"evaluation": 8, "wide matrix": 16, "many classes": 40}
+        for page, num_classes in sizes.items():
             folder = directory / f"{kind} {page}"
             folder.mkdir()
-            write_result(folder, evaluation_result(name, num_classes))
+            write_result(folder, of_many_images(evaluation_result(name, num_classes)))
             made[f"{kind} {page}"] = write_evaluation_report(folder, extras(name))
         made[f"{kind} comparison"] = write_comparison(directory / f"{kind} comparison.html", comparison(name))
         made[f"{kind} run"] = directory / f"{kind} run.html"
@@ -100,6 +145,26 @@ def test_page(browser: Browser, pages: dict[str, Path], name: str, width_px: int
     assert browser.evaluate("document.images.length") > 0
     assert browser.evaluate("[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.alt)") == []
     assert browser.evaluate(LOW_CONTRAST) == []
+
+
+@pytest.mark.parametrize("width_px", [390, 600])
+@pytest.mark.parametrize("name", [*NAMES, "plain wide matrix", "hostile wide matrix"])
+def test_tables_are_whole_on_a_phone(browser: Browser, pages: dict[str, Path], name: str, width_px: int) -> None:
+    browser.open(pages[name], width_px)
+    assert browser.evaluate(CUT) == []
+
+
+def test_a_wide_matrix_shows_that_it_scrolls(browser: Browser, pages: dict[str, Path]) -> None:
+    """A shadow at its edge, and the names of its rows stay."""
+    browser.open(pages["plain wide matrix"], 390)
+    assert browser.evaluate("(b => b.scrollWidth > b.clientWidth)(document.querySelector('.many').parentElement)")
+    style = "getComputedStyle(document.querySelector('.many').parentElement)"
+    assert browser.evaluate(f"{style}.backgroundAttachment") == "local, local, scroll, scroll"
+    place = "(document.querySelector('.many tbody th').getBoundingClientRect().left)"
+    before = browser.evaluate(place)
+    browser.evaluate("document.querySelector('.many').parentElement.scrollLeft = 90")
+    assert browser.evaluate("document.querySelector('.many').parentElement.scrollLeft") == 90
+    assert browser.evaluate(place) == pytest.approx(before, abs=1)  # borders are shared
 
 
 @pytest.mark.parametrize("name", NAMES)

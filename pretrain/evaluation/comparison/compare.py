@@ -15,9 +15,10 @@ import numpy as np
 
 from data_prep.errors import InputError
 from data_prep.schema import Frozen
-from pretrain.evaluation.comparison.paired_rows import PairedRows, read_rows
+from pretrain.evaluation.comparison.paired_rows import PairedRows, read_rows, read_trained_on
 from pretrain.evaluation.config import TASKS
 from pretrain.evaluation.metrics.significance import holm, paired_difference, rank_models
+from pretrain.evaluation.metrics.statistics import Ints
 from pretrain.evaluation.results import (
     DatasetInfo,
     EvaluationResult,
@@ -69,6 +70,9 @@ class Difference(Frozen):
     value: Metric  # lower_is_better as the metric's own
     p: PValues
     num_patients: int  # independent units: patients, or rows where no patient is known
+    #: over the rows that neither model was trained on; None where there is none that one was, or it is undefined
+    without_overlap: Metric | None = None
+    p_without_overlap: PValues | None = None  # holm: over all pairs, of those without such rows the p above
 
     @property
     def better(self) -> str | None:
@@ -106,7 +110,8 @@ def compare(
     """Compare the folders of `dermvlp evaluate`, each one model on one set.
 
     Differences are of each task's primary metric, between all pairs of models on a set, over the rows that both tables
-    hold. Ranks are over the sets that all models did a task on, where there are two or more.
+    hold; where a model was trained on some of them, also over the others (not of retrieval, where what is left out
+    would be no candidate any more). Ranks are over the sets that all models did a task on, where there are two or more.
 
     folders: or the evaluation.json in them. Raises InputError for fewer than two models, two sets with one name, a
     model twice on a set, no set that two models share, intervals of different confidence, or a table that does not
@@ -153,6 +158,16 @@ class _Tests:
     num_permutations: int
     confidence: float
     seed: int
+
+
+@dataclass(frozen=True)
+class _OneModel:
+    """One task of one model on one set."""
+
+    entry: Entry
+    result: TaskResult
+    rows: PairedRows
+    trained_on: frozenset[str] | None  # keys of images; None: not named
 
 
 # ---------------------------------------------------------------------------------------------- what is compared
@@ -204,26 +219,27 @@ def _differences(
     notes: list[str],
 ) -> list[Difference]:
     """Of all pairs of models on one set; what cannot be compared is noted."""
-    done: list[tuple[Entry, TaskResult, PairedRows]] = []
+    done: list[_OneModel] = []
     for entry in entries:
         result = entry.result.task(task)
         if result is None:
             continue
-        rows = read_rows(folder_of[entry.model, entry.dataset], result)
+        folder = folder_of[entry.model, entry.dataset]
+        rows = read_rows(folder, result)
         if rows is None:
             notes.append(f"{task}: the tables do not hold what {result.primary} needs; no paired differences.")
             return []
-        done.append((entry, result, rows))
+        done.append(_OneModel(entry, result, rows, read_trained_on(folder, entry.result)))
     found = []
-    for (first, mine, my_rows), (second, theirs, their_rows) in combinations(done, 2):
-        where = f"{task} on {first.dataset}: {first.model} and {second.model}"
-        if mine.primary != theirs.primary or my_rows.what != their_rows.what:
+    for first, second in combinations(done, 2):
+        where = f"{task} on {first.entry.dataset}: {first.entry.model} and {second.entry.model}"
+        if first.result.primary != second.result.primary or first.rows.what != second.rows.what:
             notes.append(f"{where} have different classes, seeds or primary metrics; no paired difference.")
             continue
-        if differing := _differing_settings(mine, theirs):
+        if differing := _differing_settings(first.result, second.result):
             notes.append(f"{where} have different {', '.join(differing)}; no paired difference.")
             continue
-        found.append(_difference(where, first, second, mine, (my_rows, their_rows), tests, notes))
+        found.append(_difference(where, first, second, tests, notes))
     return found
 
 
@@ -232,16 +248,60 @@ def _differing_settings(mine: TaskResult, theirs: TaskResult) -> list[str]:
     return [name for name in _OF_THE_QUESTION if mine.settings.get(name) != theirs.settings.get(name)]
 
 
-def _difference(
-    where: str,
-    first: Entry,
-    second: Entry,
-    result: TaskResult,
-    tables: tuple[PairedRows, PairedRows],
-    tests: _Tests,
-    notes: list[str],
-) -> Difference:
-    mine, theirs = tables
+def _difference(where: str, first: _OneModel, second: _OneModel, tests: _Tests, notes: list[str]) -> Difference:
+    mine, theirs = _common(where, first.rows, second.rows)
+    if num_alone := len(first.rows.keys) + len(second.rows.keys) - 2 * len(mine):
+        notes.append(f"{where}: {num_alone} rows that only one of them has are not compared.")
+    of = first.result
+    value, p, num_patients = _test(of, (first.rows, mine), (second.rows, theirs), tests)
+    found = Difference(
+        dataset=first.entry.dataset,
+        task=of.task,
+        metric=of.primary,
+        first=first.entry.model,
+        second=second.entry.model,
+        value=value,
+        p=p,
+        num_patients=num_patients,
+    )
+    rest = _without_overlap(where, first, second, notes)
+    if rest is None:
+        return found
+    value, p, _ = _test(of, *rest, tests)
+    return found.model_copy(update={"without_overlap": value, "p_without_overlap": p})
+
+
+def _without_overlap(
+    where: str, first: _OneModel, second: _OneModel, notes: list[str]
+) -> tuple[tuple[PairedRows, Ints], tuple[PairedRows, Ints]] | None:
+    """Both tables without the images that either model was trained on, with the rows that both have. None where there
+    are no such images; where there are and no difference can be had without them, a note says so."""
+    if first.trained_on is None or second.trained_on is None:
+        notes.append(
+            f"{where}: an evaluation does not name the images that its model was trained on; evaluate again for the "
+            "difference without them."
+        )
+        return None
+    trained_on = first.trained_on | second.trained_on
+    num = len(trained_on & {key[-1] for rows in (first.rows, second.rows) for key in rows.keys})
+    if num == 0:
+        return None
+    if first.result.task == "retrieval":
+        notes.append(
+            f"{where}: {num} of the images were trained on; no difference without them, since there would be other "
+            "candidates to choose from."
+        )
+        return None
+    mine, theirs = first.rows.without(trained_on), second.rows.without(trained_on)
+    if mine is None or theirs is None:
+        notes.append(f"{where}: undefined without the {num} images that were trained on.")
+        return None
+    my_rows, their_rows = _common(where, mine, theirs)
+    return (mine, my_rows), (theirs, their_rows)
+
+
+def _common(where: str, mine: PairedRows, theirs: PairedRows) -> tuple[Ints, Ints]:
+    """Where in each table the rows stand that both have. Raises InputError for none, and for other labels."""
     position = {key: row for row, key in enumerate(theirs.keys)}
     my_rows = np.array([row for row, key in enumerate(mine.keys) if key in position], dtype=np.int64)
     if len(my_rows) == 0:
@@ -249,8 +309,14 @@ def _difference(
     their_rows = np.array([position[mine.keys[row]] for row in my_rows])
     if (mine.truth[my_rows] != theirs.truth[their_rows]).any():
         raise InputError(f"{where} have different labels, though their sets are the same; evaluate both again")
-    if num_alone := len(mine.keys) + len(theirs.keys) - 2 * len(my_rows):
-        notes.append(f"{where}: {num_alone} rows that only one of them has are not compared.")
+    return my_rows, their_rows
+
+
+def _test(
+    of: TaskResult, first: tuple[PairedRows, Ints], second: tuple[PairedRows, Ints], tests: _Tests
+) -> tuple[Metric, PValues, int]:
+    """The difference on these rows of the two tables, not yet corrected, and the number of patients."""
+    (mine, my_rows), (theirs, their_rows) = first, second
     tested = paired_difference(
         mine.statistic,
         mine.comparable(my_rows),
@@ -263,26 +329,25 @@ def _difference(
         confidence=tests.confidence,
         seed=tests.seed,
     )
-    of = result.metrics[result.primary]
-    return Difference(
-        dataset=first.dataset,
-        task=result.task,
-        metric=result.primary,
-        first=first.model,
-        second=second.model,
-        value=Metric.of(tested.estimate, is_share=of.is_share, lower_is_better=of.lower_is_better),
-        p=PValues(bootstrap=tested.p_bootstrap, permutation=tested.p_permutation, holm=None, is_exact=tested.is_exact),
-        num_patients=tested.num_groups,
-    )
+    metric = of.metrics[of.primary]
+    value = Metric.of(tested.estimate, is_share=metric.is_share, lower_is_better=metric.lower_is_better)
+    p = PValues(bootstrap=tested.p_bootstrap, permutation=tested.p_permutation, holm=None, is_exact=tested.is_exact)
+    return value, p, tested.num_groups
 
 
 def _corrected(differences: Sequence[Difference]) -> list[Difference]:
-    known = [number for number, given in enumerate(differences) if given.p.permutation is not None]
-    adjusted = dict(zip(known, holm([float(differences[n].p.permutation or 0) for n in known]), strict=True))
+    with_all = _holm([given.p for given in differences])
+    rest = _holm([given.p_without_overlap or given.p for given in differences])
     return [
-        given.model_copy(update={"p": given.p.model_copy(update={"holm": adjusted.get(number)})})
-        for number, given in enumerate(differences)
+        given.model_copy(update={"p": p, "p_without_overlap": p_rest if given.p_without_overlap else None})
+        for given, p, p_rest in zip(differences, with_all, rest, strict=True)
     ]
+
+
+def _holm(tested: Sequence[PValues]) -> list[PValues]:
+    known = [number for number, p in enumerate(tested) if p.permutation is not None]
+    adjusted = dict(zip(known, holm([float(tested[n].permutation or 0) for n in known]), strict=True))
+    return [p.model_copy(update={"holm": adjusted.get(number)}) for number, p in enumerate(tested)]
 
 
 # ---------------------------------------------------------------------------------------------- ranks

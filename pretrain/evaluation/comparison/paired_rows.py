@@ -5,8 +5,8 @@ Shapes: N rows of the table, K concepts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 
 from data_prep.errors import InputError
 from pretrain.evaluation.metrics.statistics import Floats, Ints, accuracy, balanced_accuracy, weighted_f1
-from pretrain.evaluation.results import TABLES, TaskResult
+from pretrain.evaluation.results import TABLES, TRAINED_ON_NAME, EvaluationResult, TaskResult
 from pretrain.evaluation.tables import read_table
 
 _OF_DECISIONS = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "weighted_f1": weighted_f1}
@@ -26,7 +26,7 @@ _OF_DECISIONS = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "
 class PairedRows:
     """`statistic(truth, output)` is the task's primary metric; `truth` is the same for every model."""
 
-    keys: Sequence[tuple[str, ...]]  # N, distinct
+    keys: Sequence[tuple[str, ...]]  # N, distinct; the last part is the image's
     patients: Sequence[str | None]  # N
     truth: NDArray[np.int64]  # (N,) class, or direction; (N, K) for concepts
     output: NDArray[Any]  # (N,) or (N, K)
@@ -34,12 +34,38 @@ class PairedRows:
     what: tuple[str, ...]  # names behind the codes of `truth`, such as the classes: equal, or not to be compared
     strata_N: NDArray[np.int64]  # how many rows of each are kept when rows are resampled
     is_score: bool = False  # the output is a model's own score: only its order can be compared
+    min_images: int | None = None  # of concepts: one with fewer images of either kind is not in the mean
 
     def comparable(self, rows: Ints) -> NDArray[Any]:
         """Outputs of some rows in a unit that all models share: as they are, or their ranks among these rows, doubled
         since ties have halves."""
         output = self.output[rows]
         return (2 * rankdata(output, axis=0)).astype(np.int64) if self.is_score else output
+
+    def without(self, image_keys: Collection[str]) -> PairedRows | None:
+        """The rows of other images; None where they leave the statistic undefined."""
+        kept = np.array([row for row, key in enumerate(self.keys) if key[-1] not in image_keys], dtype=np.int64)
+        truth, strata_N = self.truth[kept], self.strata_N[kept]
+        if self.min_images is not None:
+            scarcer_K = _num_scarcer(truth)
+            in_mean_K = scarcer_K >= self.min_images
+            truth = np.where(in_mean_K, truth, -1)  # as the task's own numbers without the overlap
+            annotated = (truth >= 0).any(axis=1)
+            kept, truth = kept[annotated], truth[annotated]
+            strata_N = truth[:, np.where(in_mean_K, scarcer_K, len(self.keys)).argmin()]
+        if len(kept) == 0:
+            return None
+        left = replace(
+            self,
+            keys=[self.keys[row] for row in kept],
+            patients=[self.patients[row] for row in kept],
+            truth=truth,
+            output=self.output[kept],
+            strata_N=strata_N,
+        )
+        with np.errstate(invalid="ignore"):  # AUROC of one class alone
+            value = left.statistic(left.truth, left.comparable(np.arange(len(kept))))
+        return None if np.isnan(value) else left
 
 
 def read_rows(folder: Path, result: TaskResult) -> PairedRows | None:
@@ -64,6 +90,23 @@ def read_rows(folder: Path, result: TaskResult) -> PairedRows | None:
             f"{path}: gives {result.primary} {computed:.6f}, evaluation.json beside it says {stated}; evaluate again"
         )
     return rows
+
+
+def read_trained_on(folder: Path, result: EvaluationResult) -> frozenset[str] | None:
+    """Keys of the rows tested on whose image the model was trained on, as far as it was compared; None where an
+    earlier version of dermvlp counted them and did not name them. Raises InputError for a table of other rows."""
+    if result.leakage is None or result.leakage.num_overlap == 0:
+        return frozenset()
+    path = folder / TRAINED_ON_NAME
+    if not path.is_file():
+        return None
+    _, rows = read_table(path, ("key",), may_be_empty=True)
+    if len(rows) != result.leakage.num_overlap:
+        raise InputError(
+            f"{path}: names {len(rows)} rows, evaluation.json beside it counts {result.leakage.num_overlap}; "
+            "evaluate again"
+        )
+    return frozenset(row[0] for row in rows)
 
 
 def _zero_shot(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | None:
@@ -169,7 +212,6 @@ def _concepts(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | Non
     columns = [2 + concepts.index(str(concept)) for concept in in_mean]
     present_NK = np.stack([_present(path, rows, column + num_concepts) for column in columns], axis=1)
     score_NK = np.stack([_floats(path, rows, column) for column in columns], axis=1)
-    scarcer_K = np.minimum((present_NK == 1).sum(axis=0), (present_NK == 0).sum(axis=0))
     return path, PairedRows(
         keys=_keys(rows, 0),
         patients=_patients(rows, 1),
@@ -177,8 +219,9 @@ def _concepts(folder: Path, result: TaskResult) -> tuple[Path, PairedRows] | Non
         output=score_NK,
         statistic=_mean_auroc_of_ranks,
         what=tuple(map(str, in_mean)),
-        strata_N=present_NK[:, scarcer_K.argmin()],
+        strata_N=present_NK[:, _num_scarcer(present_NK).argmin()],
         is_score=True,
+        min_images=int(str(result.settings.get("min_images", 1))),
     )
 
 
@@ -223,6 +266,12 @@ def _mean_auroc_of_ranks(present_NK: Ints, double_rank_NK: Ints) -> float:
     ]
     defined = [(present_N[k], rank_N[k]) for k, present_N, rank_N in kept if 0 in present_N and 1 in present_N]
     return float(np.mean([_auroc_of_ranks(present_N, rank_N) for present_N, rank_N in defined]))
+
+
+def _num_scarcer(present_NK: Ints) -> Ints:
+    """(K,): images that show the concept or images that do not, whichever are fewer."""
+    fewer: Ints = np.minimum((present_NK == 1).sum(axis=0), (present_NK == 0).sum(axis=0))
+    return fewer
 
 
 def _present(path: Path, rows: Sequence[Sequence[str]], column: int) -> NDArray[np.int64]:

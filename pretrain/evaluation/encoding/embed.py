@@ -9,7 +9,7 @@ from data_prep.errors import InputError
 from data_prep.files import disk_errors, lock, remove_stale_partials
 from pretrain.evaluation.config import EvaluationSettings
 from pretrain.evaluation.datasets.data import undecodable, write_rejected
-from pretrain.evaluation.encoding.export_table import SUFFIXES, TableInfo, read_info, write_table
+from pretrain.evaluation.encoding.export_table import SUFFIXES, TableInfo, read_info, write_features
 from pretrain.evaluation.encoding.feature_chunks import read_rows, shape_of
 from pretrain.evaluation.encoding.features import encode_missing_chunks
 from pretrain.evaluation.encoding.tower_layers import check_layers
@@ -54,7 +54,7 @@ def embed(
         rejected = [*data.rejected, *undecodable(data, reason_of)]
         info = wanted.model_copy(update={"num_images": num_images, "num_rejected": len(rejected), "width": width})
         write_rejected(rejected_path(out), rejected)
-        write_table(out, chunks, [row.key for row in data.rows], info)
+        write_features(out, chunks, [row.key for row in data.rows], info)
     shutil.rmtree(parts_dir)
     return info
 

@@ -44,7 +44,7 @@ class TableInfo(Frozen):
         return all(getattr(self, field) == getattr(other, field) for field in fields)
 
 
-def write_table(path: Path, chunks: Sequence[Path], keys: Sequence[str], info: TableInfo) -> None:
+def write_features(path: Path, chunks: Sequence[Path], keys: Sequence[str], info: TableInfo) -> None:
     """`keys`: of all rows of the data set; those of rejected rows are left out. The table has its name when it, and
     what stands beside it, is whole; a chunk is in memory at a time."""
     if path.suffix == ".parquet":

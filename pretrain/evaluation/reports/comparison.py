@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.evaluation.comparison.compare import Comparison, Difference, Entry, Ranks
+from pretrain.evaluation.comparison.compare import Comparison, Difference, Entry, PValues, Ranks
 from pretrain.evaluation.reports.charts import critical_difference_figure, curves_figure, themed
-from pretrain.evaluation.reports.page import Table, TableRow, listed, squeezed, write_page
+from pretrain.evaluation.reports.page import NO_INTERVAL, Table, TableRow, lacks_interval, listed, squeezed, write_page
 from pretrain.evaluation.results import TASK_TITLES, Curve, Metric, TaskResult
 
 MAX_CHARTS = 24
@@ -22,7 +22,8 @@ class Cell:
 
     metric: Metric | None
     name: str  # of the metric
-    is_best: bool
+    is_best: bool  # by `metric`
+    without: Metric | None  # of the images that the model was not trained on; None where it was on none, or not known
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class TaskComparison:
     ranks_chart: dict[str, Any] | None
     runs: tuple[str, ...]  # models that do not differ, as text
     differences: Table | None
+    has_without: bool  # some cell has a value without the overlap
+    about_intervals: str  # why a value has none; empty where each has one
 
 
 def write_comparison(path: Path, comparison: Comparison) -> Path:
@@ -62,6 +65,7 @@ def _task_comparison(comparison: Comparison, task: str) -> TaskComparison:
     datasets = tuple(data.name for data in comparison.datasets if _of_set(comparison, task, data.name))
     columns = {name: _column(comparison, task, name, ranks) for name in datasets}
     cells = {model.label: tuple(columns[name][model.label] for name in datasets) for model in comparison.models}
+    metrics = [metric for row in cells.values() for cell in row for metric in (cell.metric, cell.without) if metric]
     has_chart = ranks is not None and ranks.critical_difference is not None and len(ranks.mean_rank) > 2
     return TaskComparison(
         task=task,
@@ -69,11 +73,13 @@ def _task_comparison(comparison: Comparison, task: str) -> TaskComparison:
         datasets=datasets,
         metric_names={name: next(iter(columns[name].values())).name for name in datasets},
         cells=cells,
-        scale=_scale([cell.metric for row in cells.values() for cell in row if cell.metric]),
+        scale=_scale(metrics),
         ranks=ranks,
         ranks_chart=themed(critical_difference_figure, ranks) if has_chart else None,
         runs=tuple(listed(run) for run in ranks.not_different if len(run) > 1) if ranks is not None else (),
         differences=_differences(comparison, task),
+        has_without=any(cell.without for row in cells.values() for cell in row),
+        about_intervals=NO_INTERVAL if any(map(lacks_interval, metrics)) else "",
     )
 
 
@@ -91,9 +97,10 @@ def _column(comparison: Comparison, task: str, dataset: str, ranks: Ranks | None
     values = {model: metric.value for model, metric in metrics.items() if metric and metric.value is not None}
     lower = any(metric.lower_is_better for metric in metrics.values() if metric)
     best = (min if lower else max)(values.values()) if len(values) > 1 else None
+    without = {model: result.without_overlap.get(name) for model, result in results.items()}
     return {
-        model.label: Cell(metrics.get(model.label), name, best is not None and values.get(model.label) == best)
-        for model in comparison.models
+        label: Cell(metrics.get(label), name, best is not None and values.get(label) == best, without.get(label))
+        for label in (model.label for model in comparison.models)
     }
 
 
@@ -111,38 +118,51 @@ def _differences(comparison: Comparison, task: str) -> Table | None:
     given = [difference for difference in comparison.differences if difference.task == task]
     if not given:
         return None
-    shares = [each.value for each in given if each.value.is_share]
+    values = [value for each in given for value in (each.value, each.without_overlap) if value is not None]
+    shares = [value for value in values if value.is_share]
     ends = [abs(end) for value in shares for end in (value.low, value.high, value.value) if end is not None]
     widest = math.ceil(max([0.05, *ends]) * 20 - 1e-9) / 20
     return Table(
         label=f"{TASK_TITLES[task]}: differences",
         first="Difference",
         columns=("Value",),
-        rows=tuple(_difference_row(each, comparison.confidence) for each in given),
-        text_columns=("p", "p, Holm"),
+        rows=tuple(row for each in given for row in _difference_rows(each, comparison.confidence)),
+        text_columns=("p, bootstrap", "p, permutation", "p, Holm"),
         counted="Rows",
         scale=(-widest, widest),
         reference=0.0,
         is_signed=True,
         more_in="the comparison's JSON",
+        stacks=True,
     )
 
 
-def _difference_row(given: Difference, confidence: float) -> TableRow:
-    is_sure = given.p.holm is not None and given.p.holm < 1 - confidence
+def _difference_rows(given: Difference, confidence: float) -> list[TableRow]:
+    """One of all rows, and one of those that neither model was trained on, where there is such a difference."""
+    name = f"{given.second} minus {given.first}: {given.metric}, {given.dataset}"
+    rows = [_difference_row(name, given, given.value, given.p, confidence)]
+    if given.without_overlap is not None and given.p_without_overlap is not None:
+        name += ", without overlap"
+        rows.append(_difference_row(name, given, given.without_overlap, given.p_without_overlap, confidence))
+    return rows
+
+
+def _difference_row(name: str, given: Difference, value: Metric, p: PValues, confidence: float) -> TableRow:
+    better = given.model_copy(update={"value": value}).better
+    is_sure = p.holm is not None and p.holm < 1 - confidence
     return TableRow(
-        name=f"{given.second} minus {given.first}: {given.metric}, {given.dataset}",
-        estimates=(given.value,),
-        is_share=given.value.is_share,
-        mark=f"{squeezed(given.better, 40)} better" if is_sure and given.better else "",
-        texts=(_p_text(given.p.permutation), _p_text(given.p.holm)),
+        name=name,
+        estimates=(value,),
+        is_share=value.is_share,
+        mark=f"{squeezed(better, 40)} better" if is_sure and better else "",
+        texts=(_p_text(p.bootstrap), _p_text(p.permutation), _p_text(p.holm)),
     )
 
 
 def _p_text(p: float | None) -> str:
     if p is None:
         return "undefined"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "<\u00a00.001" if p < 0.001 else f"{p:.3f}"
 
 
 # ---------------------------------------------------------------------------------------------- curves, leakage
@@ -174,8 +194,17 @@ def _leakage(comparison: Comparison) -> list[str]:
             sentences.append(f"{where}: not compared with its training data.")
         elif leakage.num_overlap:
             sentences.append(
-                f"{where}: {leakage.num_overlap:,} of {leakage.num_compared:,} images are in its training data; the "
-                "values here include them."
+                f"{where}: {leakage.num_overlap:,} of {leakage.num_compared:,} images are in its training data; "
+                f"{_shown_without(entry)}."
             )
     more = len(sentences) - _MAX_LISTED
     return sentences[:_MAX_LISTED] + ([f"{more} more are in the evaluations' own pages."] if more > 0 else [])
+
+
+def _shown_without(entry: Entry) -> str:
+    tasks = entry.result.tasks
+    has_none = [TASK_TITLES[task.task] for task in tasks if task.primary not in task.without_overlap]
+    if len(has_none) == len(tasks):
+        return "the values here include them"
+    rest = f"; of {listed(has_none)} there is none" if has_none else ""
+    return f"the value without them stands below the one with them{rest}"

@@ -7,7 +7,7 @@ the page, and is in evaluation.json.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from data_prep.errors import InputError
 from pretrain.evaluation.metrics.groups import attribute_title
 from pretrain.evaluation.reports.charts import confusion_view, curves_figure, is_shots, themed
 from pretrain.evaluation.reports.extras import ReportExtras
-from pretrain.evaluation.reports.page import Table, TableRow, shortened, write_page
+from pretrain.evaluation.reports.page import NO_INTERVAL, Table, TableRow, lacks_interval, shortened, write_page
 from pretrain.evaluation.results import (
     RESULT_NAME,
     TASK_TITLES,
@@ -79,6 +79,7 @@ class TaskView:
     confusion: dict[str, Any] | None
     charts: tuple[Charts, ...]
     settings: dict[str, str]
+    about_intervals: str  # why a value has none; empty where each has one
 
 
 def write_evaluation_report(folder: Path, extras: ReportExtras | None = None) -> Path:
@@ -180,7 +181,14 @@ def _task_view(task: TaskResult, leakage: Leakage | None, folder: Path) -> TaskV
         confusion=_confusion(task, folder),
         charts=_charts(task.curves),
         settings={name: shortened(_setting(value)) for name, value in task.settings.items()},
+        about_intervals=NO_INTERVAL if any(map(lacks_interval, _all_metrics(task))) else "",
     )
+
+
+def _all_metrics(task: TaskResult) -> Iterator[Metric | None]:
+    for metrics in (task.metrics, task.without_overlap, task.per_class, *(given.groups for given in task.by_group)):
+        yield from metrics.values()
+    yield from (given.gap for given in task.by_group)
 
 
 def _metrics_table(task: TaskResult, label: str) -> Table:
@@ -209,7 +217,7 @@ def _gaps_table(groups: tuple[ByGroup, ...], label: str) -> Table:
         for given in groups
         if given.gap is not None
     )
-    return Table(label, "Metric", ("Gap",), rows, text_columns=("Worst",))
+    return Table(label, "Metric", ("Gap",), rows, text_columns=("Worst",), counted="n, worst and best")
 
 
 def _group_title(given: ByGroup) -> str:
@@ -270,7 +278,8 @@ def _charts(curves: tuple[Curve, ...]) -> tuple[Charts, ...]:
             (tuple(curve.name for curve in part), themed(curves_figure, part, [curve.name for curve in part]))
             for part in parts
         )
-        made.append(Charts(CURVE_TITLES[title_of[0]], shown, len(given) - sum(len(part) for part in parts)))
+        title = "Few-shot" if title_of[1] else CURVE_TITLES[title_of[0]]
+        made.append(Charts(title, shown, len(given) - sum(len(part) for part in parts)))
     return tuple(made)
 
 

@@ -23,6 +23,11 @@ from data_prep.files import write_atomically
 
 MAX_TABLE_ROWS = 200  # of a table on a page
 MAX_OPEN_ROWS = 25  # of a table that is not folded away
+#: Said wherever a value has none.
+NO_INTERVAL = (
+    "A value has no interval where its images, or those of a group, are of one patient, and where the resamples leave "
+    "it undefined or are all alike."
+)
 MAX_TEXT_LENGTH = 300  # characters of a caption or a setting on a page
 #: What no name needs: control characters, which may not stand in SVG; those that turn the direction of the text around,
 #: with the numbers beside it; halves of surrogate pairs.
@@ -71,6 +76,7 @@ class Table:
     reference: float | None = None  # a dotted line for all rows, such as 0 of differences
     is_signed: bool = False  # differences
     more_in: str = "evaluation.json"  # where rows are that the page leaves out
+    stacks: bool = False  # too many columns for a phone: there a row is a block, and each cell names its column
 
     @property
     def shown(self) -> tuple[TableRow, ...]:
@@ -120,6 +126,7 @@ def _environment() -> jinja2.Environment:
         "thousands": "{:,}".format,
         "breakable": _breakable,
         "short": shortened,
+        "squeezed": squeezed,
         "jpeg": _jpeg_uri,
     }
     made.tests["finite"] = _is_finite
@@ -141,6 +148,11 @@ def squeezed(text: str, length: int) -> str:
     text = " ".join(text.split())
     num_first = (length - 1) // 2
     return text if len(text) <= length else f"{text[:num_first]}…{text[len(text) - (length - 1 - num_first) :]}"
+
+
+def lacks_interval(metric: Interval | None) -> bool:
+    """A value that stands alone, of which a reader is told why."""
+    return metric is not None and _is_finite(metric.value) and not _is_finite(metric.low)
 
 
 def listed(names: Iterable[str]) -> str:

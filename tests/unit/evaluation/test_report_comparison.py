@@ -32,10 +32,15 @@ def test_values_the_best_and_mean_ranks(tmp_path: Path) -> None:
     assert page.texts_of("h2") == ["Retrieval", "Linear probe", "Data efficiency", "Models and data"]
     probe = page.text[page.text.index("Linear probe Value") :]
     assert re.search(
-        r"model 3 nevus best 0\.750 0\.690 to 0\.800 best 0\.710 0\.650 to 0\.760 1\.00 (Ranks|model)", probe
+        r"model 3 nevus best 0\.750 0\.690 to 0\.800 without overlap 0\.720 0\.660 to 0\.770 n = 440 best 0\.710 "
+        r"0\.650 to 0\.760 without overlap 0\.680 0\.620 to 0\.730 n = 440 1\.00 (Ranks|model)",
+        probe,
     )
-    assert re.search(r"model 0 nevus 0\.600 0\.540 to 0\.650 0\.560", probe)
-    assert "run from 0.5 to 0.8" in probe
+    assert re.search(
+        r"model 0 nevus 0\.600 0\.540 to 0\.650 without overlap 0\.570 0\.510 to 0\.620 n = 440 0\.560", probe
+    )
+    assert "Without overlap: of the images that are not in that model's training data." in probe
+    assert "run from 0.4 to 0.8" in probe
     assert "Friedman" in probe and "p = 0.030" in probe
     assert "nearer than 2.10" in probe
     assert "model 3 nevus, model 2 nevus and model 1 nevus; model 2 nevus, model 1 nevus and model 0 nevus" in probe
@@ -63,12 +68,14 @@ def test_lower_can_be_better(tmp_path: Path) -> None:
 
 def test_a_model_is_called_better_only_where_holm_allows(tmp_path: Path) -> None:
     page = Page(rendered(tmp_path, comparison()))
-    assert re.search(r"model 1 nevus better \+0\.031 \+0\.012 to \+0\.050 < 0\.001 0\.012 457", page.text)
-    assert re.search(r"PAD nevus -0\.020 -0\.110 to \+0\.070 0\.600 0\.600 457", page.text)
+    assert re.search(r"model 1 nevus better \+0\.031 \+0\.012 to \+0\.050 0\.002 < 0\.001 0\.012 457", page.text)
+    assert re.search(r"PAD nevus -0\.020 -0\.110 to \+0\.070 undefined 0\.600 0\.600 457", page.text)
+    # and of the rows that neither was trained on by their own
+    assert re.search(r"HAM nevus, without overlap \+0\.018 -0\.004 to \+0\.041 0\.090 0\.110 0\.220 440", page.text)
     assert page.text.count(" better +") == 1 and " better -" not in page.text
     # 0 is in the middle of a scale that holds both intervals
     lines = [attrs for tag, attrs in page.tags if tag == "line" and attrs["x1"] == attrs["x2"] == "50.0%"]
-    assert len(lines) == 2
+    assert len(lines) == 3
 
 
 def test_one_chart_for_all_models_and_one_diagram_of_ranks(tmp_path: Path) -> None:
@@ -112,7 +119,13 @@ def test_names_that_differ_at_their_end_can_be_told_apart(tmp_path: Path) -> Non
 def test_leakage_is_said_for_each_model_and_set(tmp_path: Path) -> None:
     page = Page(rendered(tmp_path, comparison()))
     assert page.text.count("17 of 400 images are in its training data") == 8
+    with_value = "the value without them stands below the one with them"
+    assert page.text.count(f"{with_value}.") == 4 and page.text.count(f"{with_value}; of Retrieval there is none.") == 4
     given = comparison()
+    tasks = tuple(task.model_copy(update={"without_overlap": {}}) for task in given.entries[0].result.tasks)
+    first = given.entries[0].model_copy(update={"result": given.entries[0].result.model_copy(update={"tasks": tasks})})
+    text = Page(rendered(tmp_path, given.model_copy(update={"entries": (first, *given.entries[1:])}))).text
+    assert text.count("the values here include them.") == 1
     first = given.entries[0].model_copy(update={"result": given.entries[0].result.model_copy(update={"leakage": None})})
     text = Page(rendered(tmp_path, given.model_copy(update={"entries": (first, *given.entries[1:])}))).text
     assert "model 0 nevus on HAM nevus: not compared with its training data." in text

@@ -12,8 +12,8 @@ import pytest
 from data_prep.errors import InputError
 from pretrain.evaluation.reports.evaluation import MAX_CHARTS, MAX_CURVES, write_evaluation_report
 from pretrain.evaluation.reports.extras import ReportExtras
-from pretrain.evaluation.reports.page import MAX_TABLE_ROWS, MAX_TEXT_LENGTH
-from pretrain.evaluation.results import Curve, EvaluationResult, write_result
+from pretrain.evaluation.reports.page import MAX_TABLE_ROWS, MAX_TEXT_LENGTH, NO_INTERVAL
+from pretrain.evaluation.results import Curve, EvaluationResult, Metric, write_result
 from tests.unit.evaluation.pages import ATTACK, SHOWN_ATTACK, Page, evaluation_result, extras, metric
 
 
@@ -100,13 +100,35 @@ def test_groups_worst_gap_and_those_too_small(tmp_path: Path) -> None:
     assert re.search(r"V worst 0.600", page.text)
     overview = page.text[page.text.index("By group") :]
     assert overview.startswith(
-        "By group Gap: the best group minus the worst, of those that are large enough. Metric Gap Worst n 0 1 "
-        "balanced_ accuracy by skin tone (Fitzpatrick type) 0.200 0.140 to 0.250 V 457"
+        "By group Gap: the best group minus the worst, of those that are large enough; n counts the images of these "
+        "two. Metric Gap Worst n, worst and best 0 1 balanced_ accuracy by skin tone (Fitzpatrick type) 0.200 0.140 "
+        "to 0.250 V 457"
     )
     folded = [attrs for tag, attrs in page.tags if tag == "details"]
     assert ["open" in attrs for attrs in folded[:2]] == [True, False]  # skin tone is open, the camera is not
     few = [attrs for tag, attrs in page.tags if tag == "tr" and attrs.get("class") == "few"]
     assert len(few) == 1  # VI, with 10 rows
+
+
+def test_a_value_without_an_interval_is_explained_once_in_its_task(tmp_path: Path) -> None:
+    result = undrawn(evaluation_result())
+    assert NO_INTERVAL not in Page(rendered(tmp_path, result)).text  # an undefined value is another matter
+    alone = Metric(value=0.8, n=3)
+    skin = result.tasks[0].by_group[0]
+    for changed in (
+        {"metrics": {"balanced_accuracy": alone}},
+        {"per_class": {"nevus": alone}},
+        {"by_group": (skin.model_copy(update={"groups": {**skin.groups, "VI": alone}}),)},
+        {"by_group": (skin.model_copy(update={"gap": alone}),)},
+    ):
+        assert Page(rendered(tmp_path, with_task(result, **changed))).text.count(NO_INTERVAL) == 1
+
+
+def test_curves_over_shots_have_a_heading_of_their_own(tmp_path: Path) -> None:
+    shares = Curve(kind="efficiency", name="accuracy", x=(0.1, 1), y=(0.5, 0.6))
+    shots = Curve(kind="efficiency", name="accuracy, few-shot", x=(1, 4), y=(0.3, 0.4))
+    page = Page(rendered(tmp_path, with_task(undrawn(evaluation_result()), curves=(shots, shares))))
+    assert page.texts_of("h3")[1:3] == ["Data efficiency", "Few-shot"]
 
 
 def test_whiskers_are_drawn_where_the_numbers_are(tmp_path: Path) -> None:
