@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -102,9 +104,36 @@ def _explain(path: Path, error: ValidationError, model: type[BaseModel]) -> str:
     lines = [f"{path}: {error.error_count()} problem(s) in the configuration ({model.__name__}):"]
     for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
-        hint = "no such key; check its spelling" if problem["type"] == "extra_forbidden" else problem["msg"]
+        hint = problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            known = _keys_at(model, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=3)
+            there = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+            hint = f"no such key; {there}"
         lines.append(f"  {key}: {hint}")
     return "\n".join(lines)
+
+
+def _keys_at(model: type[BaseModel], where: Sequence[int | str]) -> list[str]:
+    """The keys that a configuration has at a place that pydantic names: keys, positions in lists, tags of a union."""
+    found = {model}
+    for part in where:
+        below = {
+            m for each in found if part in each.model_fields for m in _models_in(each.model_fields[part].annotation)
+        }
+        if below:
+            found = below
+        elif isinstance(part, str):  # a tag
+            tagged = {each for each in found if part in [field.default for field in each.model_fields.values()]}
+            found = tagged or found
+    return sorted({key for each in found for key in each.model_fields})
+
+
+def _models_in(annotation: Any) -> set[type[BaseModel]]:
+    """In Annotated, unions and containers too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return {model for part in get_args(annotation) for model in _models_in(part)}
 
 
 def dump_yaml(config: BaseModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,28 @@ def test_misspelt_keys_are_named_with_their_path(path: Path) -> None:
     text = message(path, "optimizer.learning_rate=1e-4", "objectives.0.wieght=2", "sed=1")
     assert text.startswith(f"{path}: 3 problem(s) in the configuration (TrainConfig):\n")
     lines = text.splitlines()[1:]
-    assert "  optimizer.learning_rate: no such key; check its spelling" in lines
-    assert "  objectives.0.clip.wieght: no such key; check its spelling" in lines
-    assert "  sed: no such key; check its spelling" in lines
+    assert "  objectives.0.clip.wieght: no such key; did you mean weight?" in lines
+    assert "  sed: no such key; did you mean seed?" in lines
+    (of_optimizer,) = [line for line in lines if "learning_rate" in line]
+    assert of_optimizer.startswith("  optimizer.learning_rate: no such key; there are betas, eps, ")
+    assert "lr, " in of_optimizer and "wieght" not in of_optimizer
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("source.columns.cption=text", "source.table.columns.cption: no such key; did you mean caption?"),
+        ("source.table_pth=x", "source.table.table_pth: no such key; did you mean table_path?"),
+        ("decomposer={kind: llm, modle: x}", "decomposer.llm.modle: no such key; did you mean model?"),
+    ],
+)
+def test_the_nearest_key_is_of_the_same_place(tmp_path: Path, override: str, near: str) -> None:
+    config = tmp_path / "data.yaml"
+    config.write_text(
+        "name: a\nout_dir: x\nsource: {kind: table, table_path: t.csv, image_dir: i, columns: {image: f}}\n"
+    )
+    with pytest.raises(InputError, match=re.escape(near)):
+        load_config(config, [override], PrepareConfig)
 
 
 def test_values_out_of_range_and_missing_keys_are_named(path: Path) -> None:
