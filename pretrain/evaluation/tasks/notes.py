@@ -28,12 +28,16 @@ def notes_on_classes(rows: Sequence[Row], label_N: Ints, classnames: Sequence[st
         notes.append(
             f"Classes of fewer than {_FEW_PATIENTS} patients: {listed}. What they add to the intervals is too little."
         )
-    num_classes = len(np.unique(label_N))
+    num_classes, held = len(np.unique(label_N)), []
     for attribute, value_N in values_of(rows).items():
-        held = [len(np.unique(label_N[value_N == value])) for value in np.unique(value_N[value_N != ""])]
-        if min(held) < num_classes:
-            notes.append(
-                f"By {attribute}: balanced accuracy is over the classes that a group holds, {min(held)} to {max(held)} "
-                f"of {num_classes}; groups that hold others cannot be compared by it."
+        nums = [len(np.unique(label_N[value_N == value])) for value in np.unique(value_N[value_N != ""])]
+        if min(nums) < num_classes:
+            held.append(
+                f"{attribute} {min(nums)} to {max(nums)}" if min(nums) < max(nums) else f"{attribute} {nums[0]}"
             )
+    if held:
+        notes.append(
+            f"By group, balanced accuracy is over the classes that a group holds, of {num_classes}: {', '.join(held)}. "
+            "Groups that hold other classes cannot be compared by it."
+        )
     return notes

@@ -97,8 +97,8 @@ def test_few_patients_in_a_class_and_few_classes_in_a_group_are_said(tmp_path: P
     rows[40] = replace(rows[40], attributes={"body_site": "lip"})
     notes = zero_shot.run(ZeroShotTask(), make_input(tmp_path, rows)).notes
     assert any(note.startswith("Classes of fewer than 5 patients: melanoma, nevus, basal") for note in notes)
-    (of_sites,) = [note for note in notes if note.startswith("By body_site")]
-    assert "over the classes that a group holds, 1 to 2 of 5" in of_sites
+    (of_groups,) = [note for note in notes if note.startswith("By group")]
+    assert "that a group holds, of 5: " in of_groups and "body_site 1 to 2" in of_groups
 
 
 def test_the_templates_are_the_tasks_the_data_sets_or_ours(tmp_path: Path) -> None:
