@@ -119,10 +119,11 @@ def _run_of(model: str) -> Path | None:
     """The folder of a run of ours, where the model is one of its checkpoints or the run itself."""
     from pretrain.evaluation.encoding.encoders import is_best
 
-    path = Path(model).absolute()
+    path = Path(model).resolve()
     if (path / "checkpoints").is_dir():
         return path
-    return path.parents[1] if is_best(path) or (path / "meta.json").is_file() else None
+    is_checkpoint = path.parent.name == "checkpoints" and (path / "meta.json").is_file()
+    return path.parents[1] if is_checkpoint or is_best(path) else None
 
 
 def _out_dir(model: str, data: str) -> Path:
@@ -130,7 +131,7 @@ def _out_dir(model: str, data: str) -> Path:
 
     run_dir = _run_of(model)
     if run_dir is not None:
-        return run_dir / "evaluations" / find_checkpoint(Path(model)).name / data
+        return run_dir / "evaluations" / find_checkpoint(Path(model).resolve()).name / data
     return Path("evaluations") / re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") / data
 
 

@@ -225,6 +225,7 @@ def _dataset_info(data: EvalData) -> DatasetInfo:
         num_rejected=len(data.rejected),
         licences=dict(sorted(licences.items())),
         digest=data.digest,
+        split=data.split,
         notes=data.notes,
     )
 

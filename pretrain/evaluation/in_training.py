@@ -76,6 +76,11 @@ class _Validation:
         """Now, and not hours later at the first validation."""
         if best_by != "loss" and not self._trainer.contrastive:
             raise InputError(f"checkpoint.best_by: {best_by}: without a contrastive term there is the loss alone")
+        if best_by == "retrieval" and min(len(self._owner_text_N), len(self._captions)) < 2:
+            raise InputError(
+                f"checkpoint.best_by: retrieval: {validation.val_dir} has fewer than two distinct captions among the "
+                "samples that are used; take loss, or another split"
+            )
         if best_by == "zero_shot" and not (self._label_N >= 0).any():
             raise InputError(
                 f"checkpoint.best_by: zero_shot: no sample of {validation.val_dir} that is used has a diagnosis; take "

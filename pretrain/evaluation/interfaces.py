@@ -103,6 +103,11 @@ class EvalData(Protocol):
         ...
 
     @property
+    def split(self) -> str | None:
+        """DATASET-SPLIT where the rows are those of a prepared split."""
+        ...
+
+    @property
     def digest(self) -> str: ...
 
     @property

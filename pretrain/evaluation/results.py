@@ -167,7 +167,8 @@ class DatasetInfo(Frozen):
     num_images: int
     num_rejected: int = 0
     licences: dict[str, int] = Field(default_factory=dict)  # images by licence
-    digest: str  # of keys, labels and texts, first 16 hex digits: equal only for the same evaluation set
+    digest: str  # of all that rows say, first 16 hex digits: equal only for the same evaluation set
+    split: str | None = None  # DATASET-SPLIT where the rows are those of a prepared split, whatever the set is called
     notes: tuple[str, ...] = ()  # what a reader must know of it, plain sentences
 
 

@@ -104,7 +104,8 @@ def _evaluation(evaluation: EvaluationResult, validation: Validation | None) -> 
 
 
 def _is_of_split(evaluation: EvaluationResult, validation: Validation | None) -> bool:
-    return validation is not None and validation.split == evaluation.dataset.name
+    split = None if validation is None else validation.split
+    return split is not None and split in (evaluation.dataset.split, evaluation.dataset.name)
 
 
 def _leakage(evaluation: EvaluationResult) -> str:

@@ -87,7 +87,7 @@ def publish(
     check_repo_name(repo)
     if not dry_run:
         token_from_environment()
-    checkpoint = find_checkpoint(run_or_checkpoint)
+    checkpoint = find_checkpoint(run_or_checkpoint).resolve()
     run_dir = checkpoint.parent.parent
     run = read_run(checkpoint, data_dir)
     chosen = weights_licence(run.manifest.samples_by_licence, licence, allow_no_derivatives)
@@ -159,10 +159,20 @@ def _fresh_folder(folder: Path) -> Path:
 
 
 def _evaluations_of(checkpoint: Path) -> list[Path]:
-    """Those below RUN/evaluations of these weights; all where none is, to be refused by name."""
+    """Those below RUN/evaluations of these weights, the newest of each set; all where none is, to be refused by
+    name."""
     found = sorted((checkpoint.parents[1] / EVALUATIONS_DIR).rglob(RESULT_NAME))
     digest = load_encoder(checkpoint).info.digest if found else ""
-    return [path for path in found if read_result(path).model.digest == digest] or found
+    own: dict[str, tuple[str, Path]] = {}
+    for path in found:
+        try:
+            result = read_result(path)
+        except InputError as error:  # perhaps of another checkpoint, and of another version of dermvlp
+            print(f"not published: {error}")
+            continue
+        if result.model.digest == digest:
+            own[result.dataset.name] = max(own.get(result.dataset.name, ("", path)), (result.created, path))
+    return [path for _, path in own.values()] or found
 
 
 def _results(checkpoint: Path, paths: Sequence[Path], repo: str) -> dict[str, EvaluationResult]:

@@ -41,6 +41,8 @@ from pretrain.train.trainer import Trainer, Validator
 MakeValidator = Callable[[Trainer, TrainConfig], Validator | None]
 
 #: by checkpoint.best_by: the validation's value, and whether more of it is better
+#: raised where a value of the validation means something else than before: mean recall is over five ks since 2
+VALIDATION_VERSION = 2
 _BEST_BY = {
     "loss": ("val/loss", -1),
     "retrieval": ("val/retrieval/mean_recall", 1),
@@ -184,7 +186,8 @@ class _Run:
             return
         digest = ShardedDataset(validation.val_dir).digest
         by = self.config.checkpoint.best_by
-        own = f"{by}, {digest}, {validation.max_num_samples} samples, {comm.world_size()} ranks, {validation.templates}"
+        how = f"{validation.max_num_samples} samples, {comm.world_size()} ranks, {validation.templates}"
+        own = f"{by}, {digest}, {how}, {VALIDATION_VERSION}"
         if self.record.best_of != own:
             if self.record.best_step is not None:
                 self.log.say(f"the best so far, step {self.record.best_step}, is forgotten: it was validated otherwise")

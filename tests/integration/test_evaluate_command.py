@@ -196,6 +196,13 @@ def test_unknown_tasks_and_layers_are_refused_before_anything_is_written(
     assert not list(tmp_path.glob("features*")) and not (tmp_path / "out").exists()
 
 
+def test_templates_that_are_not_there_are_refused_before_encoding(
+    model: Path, description: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(model, description, tmp_path / "out", "--set-data", "templates=peeers") == 2
+    assert "no template list named 'peeers'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_annotation_leaves_out_what_cannot_be_decoded(model: Path, description: Path, tmp_path: Path) -> None:
     out = tmp_path / "concepts.csv"
     assert main(["annotate", str(model), str(description), "--out", str(out), "--num-workers", "0"]) == 0

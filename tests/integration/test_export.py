@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from pretrain.cli import main
 from pretrain.data.manifest import ShardedDataset
+from pretrain.evaluation.commands import _out_dir
 from pretrain.evaluation.encoding.encoders import load_encoder
 from pretrain.evaluation.results import read_result
 from pretrain.publish.export import check_export, export
@@ -120,3 +122,18 @@ def test_evaluate_command_prints_intervals_and_writes_json(
         assert name in printed
     assert {f"image_to_text_recall@{k}" for k in (1, 5, 10)} <= retrieved.metrics.keys()
     assert "also in the training data" in printed and (out_dir / "report.html").is_file()
+
+
+def test_where_an_evaluation_goes(run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One folder a checkpoint and set, however the checkpoint is named; what is no run's goes below evaluations/."""
+    run_dir = trained(run_config, tmp_path)
+    newest = list_checkpoints(run_dir)[-1]
+    expected = (run_dir / "evaluations" / newest.name / "set").resolve()
+    (tmp_path / "link").symlink_to(newest)
+    for named in (run_dir, newest, tmp_path / "link"):
+        assert _out_dir(str(named), "set") == expected
+    monkeypatch.chdir(newest)
+    assert _out_dir(".", "set") == expected
+    lonely = tmp_path / "copied"
+    shutil.copytree(newest, lonely)
+    assert _out_dir(str(lonely), "set").parts[0] == "evaluations"

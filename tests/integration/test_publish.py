@@ -63,10 +63,21 @@ def run_dir(prepared_dir: Path, tiny_model_path: Path, tmp_path_factory: pytest.
     (run / "evaluations" / "ham").mkdir(parents=True)
     digest = load_encoder(run).info.digest
     write_result(run / "evaluations" / "ham", evaluation("HAM10000", model_name=str(run), digest=digest))
+    (run / "evaluations" / "of_another_version").mkdir()
+    (run / "evaluations" / "of_another_version" / "evaluation.json").write_text('{"schema_version": 0}')
+    earlier = evaluation("HAM10000", model_name=str(run), digest=digest)  # the newest of a set is taken
+    write_result(
+        _folder(run / "evaluations" / "earlier"), earlier.model_copy(update={"created": "2020-01-01", "seconds": 7.5})
+    )
     other = run / "evaluations" / "step-00000001" / "ham"  # of another checkpoint: not published with this one
     other.mkdir(parents=True)
     write_result(other, evaluation("HAM10000", model_name=str(run), digest="e" * 16))
     return run
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 @pytest.fixture
@@ -118,7 +129,8 @@ def test_the_folder_holds_safetensors_texts_and_no_path(publish_dry: Publish, ru
             assert str(run_dir) not in content and str(run_dir.parent) not in content, name
     config = yaml.safe_load((made.folder / "training_config.yaml").read_text())
     assert config["run_dir"] == "run" and config["data"]["train_dir"] == "train"
-    assert read_result(made.folder / "evaluations" / "HAM10000.json").model.name == "me/derm"
+    published = read_result(made.folder / "evaluations" / "HAM10000.json")
+    assert published.model.name == "me/derm" and published.seconds != 7.5
 
 
 def test_publishing_again_changes_no_byte(publish_dry: Publish) -> None:

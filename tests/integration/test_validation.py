@@ -94,6 +94,12 @@ def test_the_best_checkpoint_by_another_measure(run_config: dict[str, Any], tmp_
     assert chosen == load_encoder(run_dir / "checkpoints" / f"step-{best['step']:08d}").info.digest
 
 
+def test_retrieval_cannot_choose_where_there_is_one_caption(run_config: dict[str, Any]) -> None:
+    run_config |= {"checkpoint": {"best_by": "retrieval"}}
+    with pytest.raises(InputError, match=r"best_by: retrieval: .* fewer than two distinct captions"):
+        values_of(run_config, max_num_samples=1)
+
+
 def test_a_best_checkpoint_that_is_not_there_is_named(run_config: dict[str, Any]) -> None:
     run_config |= {"num_steps": 2, "optimizer": {"warmup_steps": 1}}
     train(TrainConfig.model_validate(run_config), make_validator)

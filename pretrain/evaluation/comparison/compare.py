@@ -33,7 +33,7 @@ from pretrain.evaluation.results import (
 _OF_THE_QUESTION = (
     *("templates", "template_texts", "text_of_an_option", "ks"),
     *("layer", "split", "num_train", "num_seeds", "max_iterations"),
-    *("prompts", "reference_prompts", "scale", "terms", "terms_digest", "ontology", "ontology_digest"),
+    *("prompts", "reference_prompts", "scale", "terms", "terms_digest", "min_images", "ontology", "ontology_digest"),
 )
 
 
@@ -296,7 +296,16 @@ def _without_overlap(
     if mine is None or theirs is None:
         notes.append(f"{where}: undefined without the {num} images that were trained on.")
         return None
-    my_rows, their_rows = _common(where, mine, theirs)
+    if unknown := [model.entry.model for model in (first, second) if model.entry.result.leakage is None]:
+        notes.append(
+            f"{where}: {' and '.join(unknown)} was not compared with its training data, so the difference without the "
+            "images that were trained on leaves out the other's alone."
+        )
+    try:
+        my_rows, their_rows = _common(where, mine, theirs)
+    except InputError as error:
+        notes.append(f"{error} (without the images that were trained on).")
+        return None
     return (mine, my_rows), (theirs, their_rows)
 
 

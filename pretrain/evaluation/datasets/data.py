@@ -14,6 +14,7 @@ from data_prep.errors import InputError, PassingError
 from data_prep.files import write_atomically
 from data_prep.images.convert import ImageRejected, read_image
 from data_prep.salt import hash_group, salt_of_environment
+from data_prep.shards.manifest import read_manifest
 from data_prep.sources.base import ImageReference, Rejection
 from data_prep.sources.values import Tally
 from pretrain.evaluation.datasets.description import EvalDataConfig, ShardsData, fold
@@ -39,6 +40,14 @@ class EvalSet:
     templates: str | None = None  # the list that the description names
     shards_dir: Path | None = None  # where the rows are those of prepared shards, ...
     positions: tuple[int, ...] = field(default=(), repr=False)  # ... and each row's place in their index
+
+    @property
+    def split(self) -> str | None:
+        """DATASET-SPLIT where the rows are those of a prepared split."""
+        if self.shards_dir is None:
+            return None
+        manifest = read_manifest(self.shards_dir)
+        return f"{manifest.dataset}-{manifest.split}"
 
     def without(self, reason_of: Mapping[int, str]) -> EvalSet:
         """The same set, by its digest too, but for some rows (position -> reason), which join the rejected ones."""

@@ -9,9 +9,10 @@ import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from data_prep.schema import Frozen
+from pretrain.prompts import TEMPLATES_PATH, load_templates
 
 
 def fold(text: str) -> str:
@@ -183,6 +184,13 @@ class EvalDataConfig(Frozen):
     unnamed_concepts: Literal["absent", "unknown"] = "unknown"
     templates: str | None = None  # list in configs/eval/templates.json that class names are put into; None: dermatology
     licence: str | None = None  # where the table has no such column
+
+    @field_validator("templates")
+    @classmethod
+    def _is_a_list(cls, templates: str | None) -> str | None:
+        if templates is not None:
+            load_templates(TEMPLATES_PATH, templates)
+        return templates
 
     @model_validator(mode="after")
     def _classes_fit(self) -> Self:

@@ -23,7 +23,8 @@ Ints = NDArray[np.integer[Any]]
 Bools = NDArray[np.bool_]
 #: Patient or lesion of each row; None = nothing known, so the row is a group of its own.
 Groups = Sequence[Hashable | None] | NDArray[Any]
-_MAX_DRAWS = 1000  # until every class is in a resample
+_FEW_GROUPS = 10  # a stratum of k groups shows (k - 1) / k of its variance
+_MAX_DRAWS = 100  # in turn, until the statistic is defined
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,9 @@ def bootstrap_interval(
     """Percentile bootstrap of `statistic(*arrays)`, resampling whole groups within strata (Efron & Tibshirani, 1993).
 
     Each resample draws as many groups as there are, with replacement, and takes all rows of each. Groups are drawn
-    within their stratum (`GroupSampler`), so every stratum occurs in every resample. Of a stratum of k groups the
-    interval shows (k - 1) / k of the variance: of one group none, and where all strata are of one group there is
-    nothing to draw, and no interval. Where every row is right (or wrong) it has no width. Equal arguments give equal
-    intervals.
+    within their stratum, those of small strata together (`GroupSampler`). A resample that leaves the statistic
+    undefined, for want of a class, is drawn again. Where there is one group there is nothing to draw, and no interval;
+    where every row is right (or wrong) it has no width. Equal arguments give equal intervals.
 
     arrays: each with N rows first. groups: (N,), None = every row its own. strata: (N,) integers, usually the class.
     centred: move the draws onto the value by the mean of their difference. For a statistic that resampling itself makes
@@ -166,13 +166,13 @@ def bootstrap_draws(
     rng = np.random.default_rng(seed)
     draws = np.empty(num_resamples)
     for resample in range(num_resamples):
-        rows = sampler.draw(rng)
-        draws[resample] = statistic(*(array[rows] for array in arrays))
-    if np.isnan(draws).any():
-        raise ValueError(
-            f"{int(np.isnan(draws).sum())} of {num_resamples} resamples leave the statistic undefined; "
-            "pass strata so that every class occurs in each"
-        )
+        for _ in range(_MAX_DRAWS):
+            rows = sampler.draw(rng)
+            draws[resample] = statistic(*(array[rows] for array in arrays))
+            if not np.isnan(draws[resample]):
+                break
+        else:
+            raise ValueError(f"{_MAX_DRAWS} resamples in turn leave the statistic undefined; pass strata")
     return draws
 
 
@@ -214,22 +214,20 @@ class GroupSampler:
     """Row indices of random resamples of whole groups within strata. The tables are made once, so that a draw is a few
     numpy calls.
 
-    A group that holds rows of several strata is drawn for the rarest of them, the one that fewest groups hold. A
-    stratum for which no group is drawn can be missed; such a draw is made again.
+    A group that holds rows of several strata is drawn for the rarest of them, the one that fewest groups hold. Strata
+    of fewer than _FEW_GROUPS groups are drawn as one, so that one of them can be missed: each kept apart, they would be
+    in every resample with nearly the same groups, and a hundred rare classes would leave an interval without width.
     """
 
     def __init__(self, codes: NDArray[np.int64], strata: Ints) -> None:
         _, stratum_N = np.unique(strata, return_inverse=True)
         num_strata = int(stratum_N.max()) + 1
         group_H, stratum_H = np.divmod(np.unique(codes * num_strata + stratum_N.ravel()), num_strata)  # who holds what
-        num_groups_S = np.bincount(stratum_H)
-        order = np.lexsort((num_groups_S[stratum_H], group_H))
+        order = np.lexsort((np.bincount(stratum_H)[stratum_H], group_H))
         _, first = np.unique(group_H[order], return_index=True)
         drawn_for = stratum_H[order][first]  # (groups,)
-        self._missable = [
-            np.isin(np.arange(len(drawn_for)), group_H[stratum_H == stratum])
-            for stratum in np.setdiff1d(stratum_H, drawn_for)
-        ]
+        is_small = np.bincount(drawn_for, minlength=num_strata) < _FEW_GROUPS
+        drawn_for = np.where(is_small[drawn_for], num_strata, drawn_for)
         self.group_order = np.argsort(drawn_for, kind="stable")  # groups, those of one stratum side by side
         stratum_sizes = np.bincount(drawn_for)
         stratum_sizes = stratum_sizes[stratum_sizes > 0]
@@ -241,13 +239,7 @@ class GroupSampler:
         self.group_start = np.cumsum(self.group_size) - self.group_size
 
     def draw(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Raises ValueError where a stratum is missed again and again."""
-        for _ in range(_MAX_DRAWS):
-            drawn = self.group_order[self.stratum_start + rng.integers(self.stratum_size)]
-            if all(holds[drawn].any() for holds in self._missable):
-                break
-        else:
-            raise ValueError(f"in {_MAX_DRAWS} resamples in turn a class is missing; it goes with others in few groups")
+        drawn = self.group_order[self.stratum_start + rng.integers(self.stratum_size)]
         sizes = self.group_size[drawn]
         ends = np.cumsum(sizes)
         within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)

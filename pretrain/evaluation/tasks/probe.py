@@ -28,7 +28,7 @@ from pretrain.evaluation.metrics.statistics import (
 )
 from pretrain.evaluation.results import TABLES, Confusion, Curve, Metric, TaskResult, undefined
 from pretrain.evaluation.tables import write_table
-from pretrain.evaluation.tasks.notes import notes_on_classes
+from pretrain.evaluation.tasks.notes import notes_on_groups
 
 _OF_PREDICTED: dict[str, Callable[[Ints, Ints], float]] = {
     "accuracy": accuracy,
@@ -331,7 +331,7 @@ def _notes(
     for counts, where in ((num_train, "train on: they cannot be predicted"), (num_test, "test on")):
         if empty := [name for name, count in zip(labelled.classnames, counts, strict=True) if not count]:
             notes.append(f"Classes without an image to {where}: {', '.join(empty)}.")
-    notes += notes_on_classes(labelled.test_rows, labelled.test_label, labelled.classnames)
+    notes += notes_on_groups(labelled.test_rows, labelled.test_label, "balanced_accuracy")
     trained_on = set(labelled.train_patients) - {None}
     if num_shared := sum(patient in trained_on for patient in labelled.test_patients):
         notes.append(f"{num_shared} images tested on are of patients whom the data set's own training part holds too.")

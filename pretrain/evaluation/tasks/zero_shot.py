@@ -29,7 +29,7 @@ from pretrain.evaluation.metrics.groups import by_group
 from pretrain.evaluation.metrics.statistics import Bools, accuracy, balanced_accuracy, macro_auroc
 from pretrain.evaluation.results import TABLES, ByGroup, Confusion, Metric, TaskResult, undefined
 from pretrain.evaluation.tables import write_table
-from pretrain.evaluation.tasks.notes import notes_on_classes
+from pretrain.evaluation.tasks.notes import notes_on_groups
 from pretrain.prompts import DEFAULT_TEMPLATES, TEMPLATES_PATH, load_templates
 
 
@@ -97,7 +97,7 @@ def run(task: ZeroShotTask, given: TaskInput) -> TaskResult:
             "logit_scale": float(given.encoder.logit_scale),
             "num_classes": len(classnames),
         },
-        notes=(*classified.notes, *notes_on_classes(classified.rows, label_N, classnames)),
+        notes=(*classified.notes, *notes_on_groups(classified.rows, label_N, primary)),
     )
 
 

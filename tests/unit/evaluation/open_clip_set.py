@@ -54,6 +54,7 @@ class RowSet:
     digest: str = "0123456789abcdef"
     rejected: tuple[()] = ()
     templates: str | None = None
+    split: str | None = None
 
 
 @cache

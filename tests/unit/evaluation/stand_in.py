@@ -54,6 +54,7 @@ class StandInData:
     rejected: Sequence[Mapping[str, str]] = ()
     notes: tuple[str, ...] = ()
     templates: str | None = None
+    split: str | None = None
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows

@@ -148,9 +148,29 @@ def test_two_models_and_ties() -> None:
 
 
 def test_no_interval_and_no_bootstrap_p_where_there_is_nothing_to_draw() -> None:
-    """One patient of each class: every resample is the data itself, and would look certain."""
+    """One patient: every resample is the data itself, and would look certain."""
     labels = np.arange(6)
     first, second = np.zeros(6, dtype=np.int64), labels
-    found = paired_difference(balanced_accuracy, first, second, [labels], groups=list("abcdef"), strata=labels)
+    found = paired_difference(balanced_accuracy, first, second, [labels], groups=["one"] * 6, strata=labels)
     assert found.estimate.value == pytest.approx(5 / 6) and np.isnan(found.estimate.low) and np.isnan(found.p_bootstrap)
-    assert found.p_permutation == pytest.approx(2 / 2**5)
+    assert found.p_permutation == 1
+
+
+def test_equal_models_seldom_differ_where_classes_are_many_and_rare() -> None:
+    rng = np.random.default_rng(2)
+    patients, num_small = np.repeat(np.arange(50), 3), 0
+    for _ in range(30):
+        labels = rng.integers(80, size=150)
+        skill = rng.beta(2, 1, size=50)[patients]
+        outputs = [np.where(rng.random(150) < skill, labels, (labels + 1) % 80) for _ in range(2)]
+        found = paired_difference(
+            balanced_accuracy,
+            *outputs,
+            [labels],
+            groups=patients,
+            strata=labels,
+            num_resamples=100,
+            num_permutations=50,
+        )
+        num_small += found.p_bootstrap < 0.05
+    assert num_small <= 6  # of 30; half of them where each class was a stratum
