@@ -142,14 +142,19 @@ def test_differences_are_those_of_the_same_images() -> None:
     # images: 2/4 against 1/4 in two cells; captions, the shared one counting once: 1/3 against 1/3
     assert recall.by_seed[0] == pytest.approx((0.25 + 0.0) / 2)
     assert not found.is_resolved  # seed 1 gains nothing
-    second[0, 1] = second[0, 0]
-    assert difference(a, Rows.of(second, cells), "zero_shot").is_resolved
-    one_seed = difference(Rows.of(first, cells[:2]), Rows.of(second, cells[:2]), "zero_shot")
-    assert one_seed.interval.low > 0 and not one_seed.is_resolved
     same = difference(a, a, "zero_shot")
     assert (same.interval.value, same.interval.low, same.interval.high) == (0.0, 0.0, 0.0) and not same.is_resolved
     with pytest.raises(ValueError, match="same images"):
         difference(a, Rows.of(second, cells[:2]), "zero_shot")
+
+
+def test_a_difference_is_resolved_by_many_patients_and_two_seeds() -> None:
+    cells = [(fold, seed) for seed in range(2) for fold in range(12)]
+    first = {cell: _result("a", *cell, predicted=[0, 0, 1, 0], hits=[0.0, 0.0, 0.0, 1.0]) for cell in cells}
+    second = {cell: _result("b", *cell, predicted=[0, 0, 1, 1], hits=[1.0, 1.0, 0.0, 0.0]) for cell in cells}
+    assert difference(Rows.of(first, cells), Rows.of(second, cells), "zero_shot").is_resolved
+    one_seed = difference(Rows.of(first, cells[:12]), Rows.of(second, cells[:12]), "zero_shot")
+    assert one_seed.interval.low > 0 and not one_seed.is_resolved
 
 
 def test_only_cells_of_all_arms_are_compared(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,7 @@ def test_no_usable_row(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_misspelt_key(run_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path / "run.yaml", run_config)
     message = refused(capsys, "train", config, "optimizer.learning_rate=1e-3")
-    assert "run.yaml" in message and "optimizer.learning_rate" in message and "spelling" in message
+    assert "run.yaml" in message and "optimizer.learning_rate" in message and "no such key; there are betas" in message
     message = refused(capsys, "prepare", tmp_path / "absent.yaml")
     assert "absent.yaml" in message and "configs/" in message
 
