@@ -74,7 +74,7 @@ def _write_parquet(path: Path, chunks: Sequence[Path], keys: Sequence[str], info
 
 
 def read_info(path: Path) -> TableInfo:
-    """Of a table written by `write_table`. Raises InputError for any other file."""
+    """Of a table written by `write_features`. Raises InputError for any other file."""
     try:
         if path.suffix == ".parquet":
             raw = (pq.read_schema(path).metadata or {})[_METADATA_KEY]

@@ -173,4 +173,4 @@ def test_equal_models_seldom_differ_where_classes_are_many_and_rare() -> None:
             num_permutations=50,
         )
         num_small += found.p_bootstrap < 0.05
-    assert num_small <= 6  # of 30; half of them where each class was a stratum
+    assert num_small <= 6  # of 30

@@ -163,7 +163,7 @@ def test_coverage_where_patients_have_several_classes(num_classes: int, metric: 
         predicted = np.where(is_right, labels, (labels + 1) % num_classes)
         found = bootstrap_interval(metric, [labels, predicted], groups=patients, strata=labels, num_resamples=100)
         num_covered += found.low <= 2 / 3 <= found.high
-    assert num_covered >= 48  # of 60; half of that where each class was a stratum
+    assert num_covered >= 48  # of 60
 
 
 def test_undefined_statistic_is_not_hidden() -> None:
