@@ -18,7 +18,7 @@ from data_prep.schema import Frozen
 from pretrain.evaluation.comparison.paired_rows import PairedRows, read_rows, read_trained_on
 from pretrain.evaluation.config import TASKS
 from pretrain.evaluation.metrics.significance import holm, paired_difference, rank_models
-from pretrain.evaluation.metrics.statistics import Ints
+from pretrain.evaluation.metrics.statistics import Ints, group_codes
 from pretrain.evaluation.results import (
     DatasetInfo,
     EvaluationResult,
@@ -326,13 +326,14 @@ def _test(
 ) -> tuple[Metric, PValues, int]:
     """The difference on these rows of the two tables, not yet corrected, and the number of patients."""
     (mine, my_rows), (theirs, their_rows) = first, second
+    patients, strata_N = [mine.patients[row] for row in my_rows], mine.strata_N[my_rows]
     tested = paired_difference(
         mine.statistic,
         mine.comparable(my_rows),
         theirs.comparable(their_rows),
         [mine.truth[my_rows]],
-        groups=[mine.patients[row] for row in my_rows],
-        strata=mine.strata_N[my_rows],
+        groups=patients,
+        strata=strata_N,
         num_resamples=tests.num_resamples,
         num_permutations=tests.num_permutations,
         confidence=tests.confidence,
@@ -341,6 +342,11 @@ def _test(
     metric = of.metrics[of.primary]
     value = Metric.of(tested.estimate, is_share=metric.is_share, lower_is_better=metric.lower_is_better)
     p = PValues(bootstrap=tested.p_bootstrap, permutation=tested.p_permutation, holm=None, is_exact=tested.is_exact)
+    patient_N = group_codes(patients)
+    if mine.is_score and min(len(np.unique(patient_N[strata_N == kind])) for kind in (0, 1)) < 2:
+        # as in the task itself: an AUROC with one patient of a kind, who is in every resample
+        value = value.model_copy(update={"low": None, "high": None})
+        p = p.model_copy(update={"bootstrap": None})
     return value, p, tested.num_groups
 
 

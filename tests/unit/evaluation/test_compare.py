@@ -300,6 +300,20 @@ def test_concepts_are_compared_by_the_ranks_of_their_scores(tmp_path: Path) -> N
         compare([folders[0], copy])
 
 
+def test_no_interval_where_one_patient_shows_the_concept(tmp_path: Path) -> None:
+    rows = [replace(row, concepts={"ulcer": number < 8}) for number, row in enumerate(make_rows(60))]
+    rows = [replace(row, patient="one") if number < 8 else row for number, row in enumerate(rows)]
+    folders = []
+    for model in range(2):
+        given = make_input(tmp_path / str(model), rows, model_seed=model)
+        result = concepts.run(ConceptsTask(), given)
+        assert result.metrics["mean_auroc"].low is None
+        folders.append(write_evaluation(given, result))
+    (difference,) = compare(folders, num_resamples=50, num_permutations=50).differences
+    assert difference.value.value is not None and difference.value.low is None
+    assert difference.p.bootstrap is None and difference.p.permutation is not None
+
+
 def test_other_synonyms_are_another_question(tmp_path: Path) -> None:
     rows, folders = with_concepts(60), []
     for model, word in enumerate(("ulcer", "a photograph of a dog")):
