@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.config import PrepareConfig, load_config
+from data_prep.config import PrepareConfig
+from data_prep.config_file import load_config
 from data_prep.images.scan import FACT_DTYPE, ChunkRecord, options_digest
 from data_prep.salt import hash_name
 

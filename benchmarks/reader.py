@@ -37,7 +37,8 @@ import webdataset
 from torchvision.transforms import v2
 
 from benchmarks.side_by_side import bootstrap_interval, in_turns
-from data_prep.config import PrepareConfig, SyntheticSource, load_config
+from data_prep.config import PrepareConfig, SyntheticSource
+from data_prep.config_file import load_config
 from data_prep.prepare import prepare
 from pretrain.config import AugmentationConfig
 from pretrain.data.manifest import ShardedDataset

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.config import load_config
+from data_prep.config_file import load_config
 from data_prep.schema import ASPECTS, MAX_CAPTIONS, NO_ASPECT_CODE
 from pretrain.config import ClipObjective, LocalAlignmentObjective, MultiAspectObjective, TrainConfig
 from pretrain.data.texts import plan_columns, plan_texts

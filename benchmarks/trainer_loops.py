@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.config import load_config
+from data_prep.config_file import load_config
 from pretrain.config import TrainConfig
 from pretrain.data.batch import Batch
 from pretrain.distributed import comm

@@ -58,7 +58,8 @@ def _add_ask_options(command: argparse.ArgumentParser) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from data_prep.config import PrepareConfig, load_config
+    from data_prep.config import PrepareConfig
+    from data_prep.config_file import load_config
     from data_prep.pool import Part
     from data_prep.prepare import prepare
     from data_prep.summary import print_summary
@@ -146,7 +147,8 @@ def _captions(arguments: argparse.Namespace) -> int:
 
 
 def _job(arguments: argparse.Namespace) -> Job:
-    from data_prep.config import PrepareConfig, load_config
+    from data_prep.config import PrepareConfig
+    from data_prep.config_file import load_config
     from data_prep.job import Job
     from data_prep.pool import Part
 

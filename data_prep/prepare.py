@@ -16,7 +16,8 @@ import logging
 from contextlib import AbstractContextManager
 
 from data_prep.ask import gather_answers, stage_captions
-from data_prep.config import FolderSource, PrepareConfig, dump_yaml
+from data_prep.config import FolderSource, PrepareConfig
+from data_prep.config_file import dump_yaml
 from data_prep.errors import InputError
 from data_prep.files import disk_errors, lock, write_atomically
 from data_prep.images import scan

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.config import PrepareConfig, load_config
+from data_prep.config import PrepareConfig
+from data_prep.config_file import load_config
 from data_prep.errors import InputError
 from data_prep.files import disk_errors, file_sha256, lock
 from data_prep.images import scan

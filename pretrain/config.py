@@ -1,6 +1,6 @@
 """Everything a training run can be told, typed, with its defaults: the one place to look them up.
 
-A run is `TrainConfig`, read from YAML by `data_prep.config.load_config` with `key.path=value` overrides.
+A run is `TrainConfig`, read from YAML by `data_prep.config_file.load_config` with `key.path=value` overrides.
 The resolved configuration is written to `RUN_DIR/config.yaml`.
 """
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep.config import PrepareConfig, load_config
+from data_prep.config import PrepareConfig
+from data_prep.config_file import load_config
 from data_prep.errors import InputError
 from data_prep.prepare import prepare
 from data_prep.schema import ShardManifest

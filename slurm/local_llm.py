@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from data_prep.config import LLMOptions, PrepareConfig, load_config
+from data_prep.config import LLMOptions, PrepareConfig
+from data_prep.config_file import load_config
 from data_prep.errors import InputError
 
 KEY_VARIABLE = "DERMVLP_LLM_KEY"

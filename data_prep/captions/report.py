@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.captions.decompose import Decomposer, Decomposition, make_decomposer
-from data_prep.config import PrepareConfig, RulesDecomposer, load_config
+from data_prep.config import PrepareConfig, RulesDecomposer
+from data_prep.config_file import load_config
 from data_prep.errors import InputError
 from data_prep.schema import SUBCAPTION_ASPECTS, Aspect
 

@@ -68,7 +68,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from data_prep.config import load_config, make_config
+    from data_prep.config_file import load_config, make_config
     from pretrain.evaluation.config import EvaluationConfig
     from pretrain.evaluation.datasets import open_data
     from pretrain.evaluation.encoding.encoders import load_encoder

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def load_training_config(path: str, overrides: Sequence[str]) -> TrainConfig:
-    from data_prep.config import load_config
+    from data_prep.config_file import load_config
     from pretrain.config import TrainConfig
     from pretrain.trial import as_trial
 

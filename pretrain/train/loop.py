@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.config import dump_yaml
+from data_prep.config_file import dump_yaml
 from data_prep.files import write_atomically
 from pretrain.config import TrainConfig
 from pretrain.data.batch import Batch

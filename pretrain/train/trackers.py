@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from data_prep.config import dump_yaml
+from data_prep.config_file import dump_yaml
 from data_prep.errors import InputError
 from data_prep.files import write_atomically
 from pretrain.config import TrainConfig

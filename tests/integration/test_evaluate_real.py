@@ -20,7 +20,8 @@ import yaml
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 
-from data_prep.config import PrepareConfig, load_config
+from data_prep.config import PrepareConfig
+from data_prep.config_file import load_config
 from data_prep.prepare import prepare
 from pretrain.cli import main
 from pretrain.evaluation.config import TASKS, EvaluationSettings, HierarchyTask

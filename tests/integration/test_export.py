@@ -62,7 +62,7 @@ def test_vit_and_clip_text_round_trip(run_config: dict[str, Any], tmp_path: Path
 
 
 def load_encoder_at_start(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    from data_prep.config import load_config
+    from data_prep.config_file import load_config
     from pretrain.config import TrainConfig
     from pretrain.evaluation.encoding.encoders import untrained_encoder
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.config import load_config
+from data_prep.config_file import load_config
 from pretrain import cli
 from pretrain.config import TrainConfig
 from pretrain.train.preflight.memory import state_bytes

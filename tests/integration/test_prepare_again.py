@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.config import PrepareConfig, SyntheticSource, dump_yaml
+from data_prep.config import PrepareConfig, SyntheticSource
+from data_prep.config_file import dump_yaml
 from data_prep.errors import InputError
 from data_prep.prepare import prepare
 from data_prep.schema import Aspect, ShardManifest

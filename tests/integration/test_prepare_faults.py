@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.config import PrepareConfig, dump_yaml
+from data_prep.config import PrepareConfig
+from data_prep.config_file import dump_yaml
 from data_prep.errors import InputError
 from data_prep.pool import Part
 from data_prep.prepare import prepare

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from data_prep.config import load_config
+from data_prep.config_file import load_config
 from pretrain import cli
 from pretrain.config import FrozenTeacher, ModelConfig, TowerConfig, TrainConfig, Weights
 from pretrain.models.build import build_open_clip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pretrain.evaluation.in_training as in_training
-from data_prep.config import load_config
+from data_prep.config_file import load_config
 from data_prep.errors import InputError
 from pretrain.cli import main
 from pretrain.config import TrainConfig

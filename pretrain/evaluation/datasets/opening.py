@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import load_config, make_config
+from data_prep.config_file import load_config, make_config
 from data_prep.errors import InputError
 from data_prep.shards.manifest import read_manifest
 from data_prep.sources.base import Rejection

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep.config import Derm1MSource, LLMDecomposer, PrepareConfig, SyntheticSource, dump_yaml, load_config
+from data_prep.config import Derm1MSource, LLMDecomposer, PrepareConfig, SyntheticSource
+from data_prep.config_file import dump_yaml, load_config
 from data_prep.errors import InputError
 from pretrain.config import ClipObjective, MaskedLatentObjective, TrainConfig
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.config import Derm1MSource, PrepareConfig, load_config
+from data_prep.config import Derm1MSource, PrepareConfig
+from data_prep.config_file import load_config
 from data_prep.errors import InputError
 from data_prep.labels.ontology import Ontology, diagnosis_caption
 from data_prep.sources import open_source

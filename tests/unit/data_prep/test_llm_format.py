@@ -12,7 +12,8 @@ from data_prep.captions.decompose import Decomposition
 from data_prep.captions.grounding import why_ungrounded
 from data_prep.captions.subcaptions import worth_asking
 from data_prep.captions.tasks import hash_prompt
-from data_prep.config import PrepareConfig, load_config
+from data_prep.config import PrepareConfig
+from data_prep.config_file import load_config
 from data_prep.errors import InputError
 from data_prep.schema import MAX_SUBCAPTIONS, SUBCAPTION_ASPECTS
 

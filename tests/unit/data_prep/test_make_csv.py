@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.config import MakeSource, PrepareConfig, load_config
+from data_prep.config import MakeSource, PrepareConfig
+from data_prep.config_file import load_config
 from data_prep.errors import InputError
 from data_prep.schema import Aspect
 from data_prep.sources import open_source

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image, ImageFilter
 from sklearn.ensemble import RandomForestClassifier
 
-from data_prep.config import PrepareConfig, SyntheticSource, load_config
+from data_prep.config import PrepareConfig, SyntheticSource
+from data_prep.config_file import load_config
 from data_prep.sources import open_source
 from data_prep.sources.base import SourceRow
 from data_prep.sources.synthetic import KINDS, attributes, draw, write_caption

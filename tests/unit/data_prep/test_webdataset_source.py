@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.config import PrepareConfig, WebDatasetSource, load_config
+from data_prep.config import PrepareConfig, WebDatasetSource
+from data_prep.config_file import load_config
 from data_prep.errors import InputError
 from data_prep.schema import Aspect, Caption, Demographics, Sample
 from data_prep.sources import open_source

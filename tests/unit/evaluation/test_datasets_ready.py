@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.config import load_config
+from data_prep.config_file import load_config
 from pretrain.evaluation.datasets import open_data
 from pretrain.evaluation.datasets.description import EvalDataConfig
 from pretrain.evaluation.methods.zero_shot import build_classifier

@@ -9,7 +9,7 @@ import torch
 from open_clip.model import CustomTextCLIP
 from safetensors.torch import save_file
 
-from data_prep.config import load_config
+from data_prep.config_file import load_config
 from pretrain.config import TrainConfig
 from pretrain.data.manifest import ShardedDataset
 from pretrain.models.build import build_open_clip
